@@ -1,0 +1,165 @@
+"""Every plot of the book: functions return a figure, and `show` displays it with its alternative text."""
+
+import base64
+import hashlib
+import html
+import io
+
+import numpy as np
+import seaborn as sns
+from IPython.display import HTML, Markdown, display
+from matplotlib.figure import Figure
+
+# A light background of its own: each colour has one contrast (tested), on a dark page and in print alike.
+BACKGROUND, INK, FAINT = "#fafaf7", "#1a1a1a", "#5f5f5f"
+DEFENCES = {"normal": INK, "fine-tuned": "#d55e00", "mixed-batch": "#0072b2", "PGD-trained": "#009e73"}
+ATTACKS = {"FGSM": "#c77b00", "BIM": "#2e8bd8", "PGD": "#7b2d00", "transfer": "#332288", "noise": "#8a8a8a"}
+COLOURS = DEFENCES | ATTACKS  # distinct within each group for colour-blind eyes; dashes and markers help
+VERDICTS = {"reproduced": ("#7cc4e8", ""), "direction": ("#f2d98d", "//"),
+            "not-reproduced": ("#ee9a6f", "xx"), "not-testable": ("#d9d9d9", "..")}  # fmt: skip
+
+
+def use_style():
+    """Set the book's style for every figure that follows."""
+    sns.set_theme(style="whitegrid", rc={"axes.facecolor": BACKGROUND, "grid.color": "#dededa", "figure.dpi": 130})
+
+
+def show(fig, alt, caption=""):
+    """Display a Figure once as PNG, with its alternative text (the finding) and caption as metadata."""
+    if not alt.strip():
+        raise ValueError("alt: got an empty text; expected a sentence that says what the figure finds")
+    metadata = {"image/png": {"alt": alt, "caption": caption}}
+    display({"image/png": _png(fig), "text/plain": alt}, raw=True, metadata=metadata)
+
+
+def say(markdown):
+    """Display Markdown: a sentence whose numbers are computed in the notebook."""
+    display(Markdown(markdown))
+
+
+def security_curve(eps, series, ylabel="accuracy", trained_eps=None, ax=None):
+    """A rate in [0, 1] against eps; `series`: name -> (n_seeds, n_eps); `trained_eps` gets a line."""
+    ax = _axes(1, 1, 7, 4.4)[0, 0] if ax is None else ax
+    if trained_eps is not None:
+        ax.axvline(trained_eps, color=FAINT, linestyle=":", label=f"trained at ε = {trained_eps:g}")
+    ax.set(xlabel="ε (pixel range [0, 1])", ylabel=ylabel, ylim=(-0.02, 1.02))
+    ax.secondary_xaxis("top", functions=(lambda e: e * 255, lambda n: n / 255)).set_xlabel("ε (n/255)")
+    _bands(ax, series, np.asarray(eps), "osD^vPX*<")
+    return ax.figure
+
+
+def learning_curves(histories):
+    """Panels for accuracy and loss; `histories`: network -> metric -> (n_seeds, n_epochs)."""
+    axes = _axes(1, 2, 10, 4)[0]
+    for ax, panel, ylabel in zip(axes, ("accuracy", "loss"), ("accuracy", "loss (nats)"), strict=True):
+        ax.set(xlabel="epoch", ylabel=ylabel)
+        _bands(ax, {f"{network}, {metric.replace('_', ' ')}": values for network, metrics in histories.items()
+                    for metric, values in metrics.items() if panel in metric})  # fmt: skip
+    return axes[0].figure
+
+
+def image_strip(rows):
+    """Original, change with its gain, result; rows: (x, x_adv, (class, confidence), the same after, name)."""
+    images, titles = [], []
+    for x, x_adv, before, after, name in rows:
+        change = np.asarray(x_adv) - x
+        gain = max(1, int(0.501 / max(np.abs(change).max(), 1e-3)))
+        images += [x, 0.5 + gain * change, x_adv]
+        titles += [f"{before[0]} ({before[1]:.0%})", f"{name}: × {gain}", f"{after[0]} ({after[1]:.0%})"]
+    return digit_grid(images, titles, columns=3, size=2.2)
+
+
+def digit_grid(images, titles=None, columns=10, size=1.0):
+    """A grid of images in [0, 1], (height, width[, channels]) each, `size` inches wide, with short titles."""
+    n_rows, bare = -(-len(images) // columns), {"frame_on": False, "xticks": (), "yticks": ()}
+    axes = _axes(n_rows, columns, size * columns, (size + 0.25) * n_rows, subplot_kw=bare).ravel()
+    for ax, image, title in zip(axes, images, titles or [""] * len(images), strict=False):
+        ax.imshow(np.clip(np.squeeze(image), 0, 1), cmap="gray", vmin=0, vmax=1)
+        ax.set_title(title, fontsize="small")
+    return axes[0].figure
+
+
+def heatmap(frame, title, fmt=".2f"):
+    """A DataFrame of rates as an annotated grid."""
+    ax = _axes(1, 1, 1.6 + 0.85 * frame.shape[1], 1.4 + 0.45 * frame.shape[0])[0, 0]
+    sns.heatmap(frame, annot=True, fmt=fmt, cmap="cividis", linewidths=1, ax=ax).set_title(title)
+    return ax.figure
+
+
+def loss_surface(grid_x, grid_y, z):
+    """Loss `z` (len(grid_y), len(grid_x)), or a dict of such panels, along gradient signs and random signs."""
+    # Contours, because a 3-D peak hides what is behind it; one scale, so that panels compare.
+    panels = z if isinstance(z, dict) else {"": z}
+    axes = _axes(1, len(panels), 1.6 + 3.4 * len(panels), 3.8)[0]
+    levels = np.linspace(min(map(np.min, panels.values())), max(map(np.max, panels.values())) + 1e-9, 22)
+    for ax, (name, values) in zip(axes, panels.items(), strict=True):
+        filled = ax.contourf(grid_x, grid_y, values, levels=levels, cmap="cividis")
+        ax.plot(0, 0, "o", color="white", markeredgecolor=INK)
+        ax.set(title=name, xlabel="ε along the gradient's sign", ylabel="ε along random signs")
+    axes[0].figure.colorbar(filled, ax=list(axes), label="loss (nats)", format="%.3g")
+    return axes[0].figure
+
+
+def verdict_bars(counts):
+    """Claims by verdict, a bar a paper; `counts`: title -> verdict -> number (nothing: not run yet)."""
+    ax, left = _axes(1, 1, 8.5, 1.3 + 0.55 * len(counts))[0, 0], np.zeros(len(counts))
+    for verdict, (fill, hatch) in VERDICTS.items():
+        n = np.array([paper.get(verdict, 0) for paper in counts.values()])
+        bars = ax.barh(list(counts), n, left=left, color=fill, hatch=hatch, edgecolor=FAINT, label=verdict)
+        box = {"facecolor": fill, "edgecolor": "none"}
+        ax.bar_label(bars, [k or "" for k in n], label_type="center", color=INK, bbox=box)
+        left += n
+    for row in np.flatnonzero(left == 0):
+        ax.text(0.1, row, "not run yet", va="center", color=FAINT, style="italic")
+    ax.set(xlabel="number of claims", xlim=(0, max(1, *left)), ylim=(len(counts) - 0.5, -0.5))
+    ax.figure.legend(loc="outside lower center", ncols=len(VERDICTS))
+    return ax.figure
+
+
+def eps_slider(frames, eps, label):
+    """A slider as HTML, no kernel, no network; `frames`: (image in [0, 1] or Figure, text) for each eps."""
+    if len(frames) != len(eps) or not frames or not label.strip():
+        raise ValueError(f"frames: got {len(frames)} for {len(eps)} eps, label {label!r}; expected one each")
+    images = ""
+    for e, (picture, text) in zip(eps, frames, strict=True):
+        png = _png(picture if isinstance(picture, Figure) else digit_grid([picture], columns=1, size=2.2))
+        alt = html.escape(f"ε = {e:.3g} ({e * 255:.3g}/255): {text}")
+        images += f'<img src="data:image/png;base64,{png}" alt="{alt}"{" hidden" if images else ""}>\n'
+    key, name = hashlib.sha256((label + images).encode()).hexdigest()[:12], html.escape(label)
+    return HTML(_SLIDER % {"key": f"eps-{key}", "label": name, "images": images, "last": len(frames) - 1})
+
+
+_SLIDER = """<figure class="eps-slider" id="%(key)s">%(images)s<figcaption>%(label)s
+<input type="range" min="0" max="%(last)d" value="0" aria-label="%(label)s">
+<output></output></figcaption></figure>
+<script>(figure => {
+  const [input, output] = figure.querySelectorAll("input, output"), frames = figure.querySelectorAll("img");
+  (input.oninput = () => frames.forEach((frame, i) => {
+    if (!(frame.hidden = i != input.value)) input.ariaValueText = output.textContent = frame.alt;
+  }))();
+})(document.getElementById("%(key)s"));</script>"""
+
+
+def _axes(n_rows, n_columns, width, height, **options):
+    return Figure((width, height), layout="constrained").subplots(n_rows, n_columns, squeeze=False, **options)
+
+
+def _bands(ax, series, x=None, markers=" "):
+    """Mean and range of each (n_seeds, n) array; known names have their colour, others take what is left."""
+    names = dict.fromkeys(label.split(",")[0] for label in series)
+    free = iter([colour for name, colour in COLOURS.items() if name not in names] * len(series))
+    colours = {name: COLOURS.get(name) or next(free) for name in names}
+    for i, (label, values) in enumerate(series.items()):
+        if np.ndim(values) != 2 or (x is not None and np.shape(values)[1] != len(x)):
+            raise ValueError(f"{label}: got shape {np.shape(values)}; expected (n_seeds, n_points)")
+        at, colour = np.arange(1, np.shape(values)[1] + 1) if x is None else x, colours[label.split(",")[0]]
+        ax.plot(at, np.mean(values, axis=0), ("-", "--", "-.", ":")[i % 4], color=colour, label=label,
+                marker=markers[i % len(markers)])  # fmt: skip
+        ax.fill_between(at, np.min(values, axis=0), np.max(values, axis=0), color=colour, alpha=0.2, linewidth=0)
+    ax.legend(title=f"mean and range of {len(values)} seeds" if len(values) > 1 else "one seed")
+
+
+def _png(fig):
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.15, facecolor=BACKGROUND)
+    return base64.b64encode(buffer.getvalue()).decode()
