@@ -9,6 +9,7 @@ import numpy as np
 import seaborn as sns
 from IPython.display import HTML, Markdown, display
 from matplotlib.figure import Figure
+from PIL import Image
 
 # A light background of its own: each colour has one contrast (tested), on a dark page and in print alike.
 BACKGROUND, INK, FAINT = "#fafaf7", "#1a1a1a", "#5f5f5f"
@@ -21,7 +22,7 @@ VERDICTS = {"reproduced": ("#7cc4e8", ""), "direction": ("#f2d98d", "//"),
 
 def use_style():
     """Set the book's style for every figure that follows."""
-    sns.set_theme(style="whitegrid", rc={"axes.facecolor": BACKGROUND, "grid.color": "#dededa", "figure.dpi": 130})
+    sns.set_theme(style="whitegrid", font_scale=0.9, rc={"axes.facecolor": BACKGROUND, "figure.dpi": 130})
 
 
 def show(fig, alt, caption=""):
@@ -39,7 +40,7 @@ def say(markdown):
 
 def security_curve(eps, series, ylabel="accuracy", trained_eps=None, ax=None):
     """A rate in [0, 1] against eps; `series`: name -> (n_seeds, n_eps); `trained_eps` gets a line."""
-    ax = _axes(1, 1, 7, 4.4)[0, 0] if ax is None else ax
+    ax = _axes(1, 1, 7, 5.2)[0, 0] if ax is None else ax
     if trained_eps is not None:
         ax.axvline(trained_eps, color=FAINT, linestyle=":", label=f"trained at ε = {trained_eps:g}")
     ax.set(xlabel="ε (pixel range [0, 1])", ylabel=ylabel, ylim=(-0.02, 1.02))
@@ -50,7 +51,7 @@ def security_curve(eps, series, ylabel="accuracy", trained_eps=None, ax=None):
 
 def learning_curves(histories):
     """Panels for accuracy and loss; `histories`: network -> metric -> (n_seeds, n_epochs)."""
-    axes = _axes(1, 2, 10, 4)[0]
+    axes = _axes(1, 2, 10, 4.8)[0]
     for ax, panel, ylabel in zip(axes, ("accuracy", "loss"), ("accuracy", "loss (nats)"), strict=True):
         ax.set(xlabel="epoch", ylabel=ylabel)
         _bands(ax, {f"{network}, {metric.replace('_', ' ')}": values for network, metrics in histories.items()
@@ -87,8 +88,7 @@ def heatmap(frame, title, fmt=".2f"):
 
 
 def loss_surface(grid_x, grid_y, z):
-    """Loss `z` (len(grid_y), len(grid_x)), or a dict of such panels, along gradient signs and random signs."""
-    # Contours, because a 3-D peak hides what is behind it; one scale, so that panels compare.
+    """Contours of the loss `z` (len(grid_y), len(grid_x)), or a dict of such panels, over two directions in L∞."""
     panels = z if isinstance(z, dict) else {"": z}
     axes = _axes(1, len(panels), 1.6 + 3.4 * len(panels), 3.8)[0]
     levels = np.linspace(min(map(np.min, panels.values())), max(map(np.max, panels.values())) + 1e-9, 22)
@@ -106,8 +106,7 @@ def verdict_bars(counts):
     for verdict, (fill, hatch) in VERDICTS.items():
         n = np.array([paper.get(verdict, 0) for paper in counts.values()])
         bars = ax.barh(list(counts), n, left=left, color=fill, hatch=hatch, edgecolor=FAINT, label=verdict)
-        box = {"facecolor": fill, "edgecolor": "none"}
-        ax.bar_label(bars, [k or "" for k in n], label_type="center", color=INK, bbox=box)
+        ax.bar_label(bars, [k or "" for k in n], label_type="center", bbox={"facecolor": fill, "linewidth": 0})
         left += n
     for row in np.flatnonzero(left == 0):
         ax.text(0.1, row, "not run yet", va="center", color=FAINT, style="italic")
@@ -132,11 +131,10 @@ def eps_slider(frames, eps, label):
 _SLIDER = """<figure class="eps-slider" id="%(key)s">%(images)s<figcaption>%(label)s
 <input type="range" min="0" max="%(last)d" value="0" aria-label="%(label)s">
 <output></output></figcaption></figure>
-<script>(figure => {
-  const [input, output] = figure.querySelectorAll("input, output"), frames = figure.querySelectorAll("img");
-  (input.oninput = () => frames.forEach((frame, i) => {
-    if (!(frame.hidden = i != input.value)) input.ariaValueText = output.textContent = frame.alt;
-  }))();
+<script>(figure => { const [input, output] = figure.querySelectorAll("input, output");
+  const frames = figure.querySelectorAll("img");
+  (input.oninput = () => frames.forEach((frame, i) => { frame.hidden = i != input.value;
+    if (!frame.hidden) input.ariaValueText = output.textContent = frame.alt; }))();
 })(document.getElementById("%(key)s"));</script>"""
 
 
@@ -156,10 +154,12 @@ def _bands(ax, series, x=None, markers=" "):
         ax.plot(at, np.mean(values, axis=0), ("-", "--", "-.", ":")[i % 4], color=colour, label=label,
                 marker=markers[i % len(markers)])  # fmt: skip
         ax.fill_between(at, np.min(values, axis=0), np.max(values, axis=0), color=colour, alpha=0.2, linewidth=0)
-    ax.legend(title=f"mean and range of {len(values)} seeds" if len(values) > 1 else "one seed")
+    title = f"mean and range of {len(values)} seeds" if len(values) > 1 else "one seed"
+    ax.legend(title=title, ncols=2, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.5)
 
 
 def _png(fig):
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.15, facecolor=BACKGROUND)
-    return base64.b64encode(buffer.getvalue()).decode()
+    large, small = io.BytesIO(), io.BytesIO()
+    fig.savefig(large, format="png", bbox_inches="tight", pad_inches=0.15, facecolor=BACKGROUND)
+    Image.open(large).convert("RGB").quantize(256).save(small, "png", optimize=True)  # a third of the bytes
+    return base64.b64encode(small.getvalue()).decode()
