@@ -1,0 +1,94 @@
+"""What the attacker may do: a norm, a radius and the range of valid pixels."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+NORMS = ("linf", "l2")
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """All images within `eps` of the original, in one norm, that are still valid images.
+
+    Parameters
+    ----------
+    norm : "linf" (largest change of a pixel) or "l2" (Euclidean length of the whole change).
+    eps : radius in pixel units of [0, 1]; 0.1 is 25.5/255.
+    bounds : (lowest, highest) value of a valid pixel.
+
+    Raises
+    ------
+    ValueError
+        For another norm, an `eps` that is negative or not finite, or empty bounds.
+    """
+
+    norm: str
+    eps: float
+    bounds: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self):
+        if self.norm not in NORMS:
+            raise ValueError(f"norm is {self.norm!r}; expected one of {NORMS}")
+        if not (np.isfinite(self.eps) and self.eps >= 0):
+            raise ValueError(f"eps is {self.eps}; expected a finite number >= 0, in [0, 1] pixel units")
+        low, high = self.bounds
+        if not low < high:
+            raise ValueError(f"bounds are {self.bounds}; expected (low, high) with low < high")
+        if self.norm == "linf" and self.eps > high - low:
+            raise ValueError(f"eps is {self.eps}, more than the pixel range {high - low}; is it in 0-255 units?")
+
+    def project(self, x_adv, x):
+        """Nearest point of the set to each image of `x_adv` (n, h, w, c) around `x`; a TensorFlow tensor."""
+        return project(x_adv, x, self.norm, self.eps, self.bounds)
+
+    def random_start(self, x, seed):
+        """Points drawn uniformly from the ball around each image and clipped to the bounds, (n, h, w, c) float32."""
+        rng = np.random.default_rng(seed)
+        if self.norm == "linf":
+            delta = rng.uniform(-self.eps, self.eps, x.shape)
+        else:  # a direction from the normal distribution, a radius with density r^(d-1)
+            delta = rng.standard_normal(x.shape)
+            dimension = delta[0].size
+            radius = self.eps * rng.uniform(size=len(x)) ** (1 / dimension)
+            delta *= (radius / np.linalg.norm(delta.reshape(len(x), -1), axis=1)).reshape(-1, 1, 1, 1)
+        return np.clip(x + delta, *self.bounds).astype("float32")
+
+    def distance(self, x_adv, x):
+        """Distance of each pair of images in this norm, (n,) float64, from the arrays themselves."""
+        delta = (np.asarray(x_adv, "float64") - np.asarray(x, "float64")).reshape(len(x), -1)
+        return np.abs(delta).max(axis=1) if self.norm == "linf" else np.linalg.norm(delta, axis=1)
+
+
+def project(x_adv, x, norm, eps, bounds):
+    """`ThreatModel.project` on tensors, for use inside a compiled graph where `eps` is a tensor too."""
+    import tensorflow as tf
+
+    if norm == "linf":
+        x_adv = tf.clip_by_value(x_adv, x - eps, x + eps)
+    else:
+        delta = x_adv - x
+        length = tf.sqrt(tf.reduce_sum(delta**2, axis=(1, 2, 3), keepdims=True))
+        x_adv = x + delta * tf.minimum(1.0, eps / tf.maximum(length, 1e-12))
+    # x lies within the bounds, so clipping moves every pixel towards x and never leaves the ball.
+    return tf.clip_by_value(x_adv, *bounds)
+
+
+def check_images(x, name="x", bounds=(0.0, 1.0)):
+    """Raise unless `x` is a finite float32 array (n, h, w, c) within `bounds`."""
+    if not isinstance(x, np.ndarray) or x.dtype != np.float32 or x.ndim != 4:
+        came = f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else type(x).__name__
+        raise TypeError(f"{name} is {came}; expected a float32 NumPy array of shape (n, height, width, channels)")
+    if not np.isfinite(x).all():
+        raise ValueError(f"{name} holds NaN or infinite pixels; expected finite values")
+    if x.size and (x.min() < bounds[0] or x.max() > bounds[1]):
+        raise ValueError(f"{name} lies in [{x.min():.4g}, {x.max():.4g}]; expected pixels in {list(bounds)}")
+
+
+def check_labels(y, n, classes, name="y"):
+    """Raise unless `y` holds `n` integer labels in 0 ... `classes` - 1."""
+    y = np.asarray(y)
+    if y.shape != (n,) or not np.issubdtype(y.dtype, np.integer):
+        raise TypeError(f"{name} is {y.dtype} {y.shape}; expected {n} integer labels, shape ({n},)")
+    if y.size and (y.min() < 0 or y.max() >= classes):
+        raise ValueError(f"{name} lies in {y.min()}...{y.max()}; expected labels in 0...{classes - 1}")

@@ -1,0 +1,121 @@
+"""Training: plain, on an adversarial set, and with adversarial images made for every batch."""
+
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tqdm.auto import tqdm
+
+from helpers.attacks import cross_entropy
+from helpers.evaluation import score
+from helpers.models import check_logits
+from helpers.threat import ThreatModel, check_images, check_labels, project
+
+
+@dataclass(frozen=True)
+class Adversary:
+    """The attacker inside the training loop, linf.
+
+    Parameters
+    ----------
+    eps : radius in [0, 1] pixel units.
+    steps : 1 with `random_start=False` is FGSM (paper 02), several with a random start is PGD (Madry et al. 2018).
+    step_size : pixel units; default eps for one step, 2.5 * eps / steps for several.
+    mixed : train on the batch and its adversarial images together (paper 02, III.3), or on the latter alone.
+    """
+
+    eps: float
+    steps: int = 1
+    random_start: bool = False
+    mixed: bool = True
+    step_size: float | None = None
+
+    def __post_init__(self):
+        ThreatModel("linf", self.eps)  # validates eps
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; expected at least 1")
+
+    def craft(self, model, x, y, seed):
+        """Adversarial images for one batch with the weights of this moment; tensors, for use in a graph."""
+        step_size = self.step_size or (self.eps if self.steps == 1 else 2.5 * self.eps / self.steps)
+        x_adv = x
+        if self.random_start:
+            noise = tf.random.stateless_uniform(tf.shape(x), seed, -self.eps, self.eps)
+            x_adv = tf.clip_by_value(x + noise, 0.0, 1.0)
+        for _ in range(self.steps):
+            with tf.GradientTape() as tape:
+                tape.watch(x_adv)
+                loss = cross_entropy(model(x_adv, training=False), y)
+            step = step_size * tf.sign(tape.gradient(loss, x_adv))
+            x_adv = project(x_adv + step, x, "linf", self.eps, (0.0, 1.0))
+        return tf.stop_gradient(x_adv)
+
+
+def fit(
+    model, x, y, *, epochs, batch_size=364, learning_rate=1e-3, adversary=None, validation=None, monitor=None,
+    seed=0, label=None,
+):  # fmt: skip
+    """Train `model` in place with Adam on cross-entropy.
+
+    Parameters
+    ----------
+    x, y : images (n, h, w, c) float32 in [0, 1], integer labels (n,).
+    batch_size : clean images a batch; the default is the first of paper 02's "[364, 227]" (Table II).
+    adversary : Adversary or None for plain training.
+    validation : (x, y) whose loss and accuracy are recorded after every epoch, or None.
+    monitor : function(model) -> dict of further numbers to record after every epoch, or None.
+    label : text of the progress bar; None shows none.
+
+    Returns
+    -------
+    dict of lists, one value an epoch: "loss" and "accuracy" on the batches trained on (dropout on, running
+    over the epoch), "validation_loss", "validation_accuracy" (dropout off), and the monitor's.
+    """
+    check_images(x)
+    y = np.asarray(y)
+    check_labels(y, len(x), check_logits(model, x).shape[1])
+    for name, value in {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}.items():
+        if not value > 0:
+            raise ValueError(f"{name} is {value}; expected a number > 0")
+    epoch = _epoch(model, tf.constant(x), tf.constant(y, tf.int64), min(batch_size, len(x)), learning_rate, adversary)
+    rng, history = np.random.default_rng(seed), {}
+    for number in tqdm(range(epochs), desc=label, disable=label is None, unit="epoch", leave=True):
+        loss, accuracy = epoch(tf.constant(rng.permutation(len(x))), tf.constant([seed, number]))
+        record = {"loss": float(loss), "accuracy": float(accuracy)}
+        if validation is not None:
+            record |= {f"validation_{k}": v for k, v in score(model, *validation).items()}
+        for key, value in (record | (monitor(model) if monitor else {})).items():
+            history.setdefault(key, []).append(value)
+    return history
+
+
+def _epoch(model, x, y, batch_size, learning_rate, adversary):
+    """Compile one pass over the data, given the order of the images; the last batch may be smaller."""
+    optimizer = keras.optimizers.Adam(learning_rate)
+    optimizer.build(model.trainable_variables)
+    batches = -(-len(x) // batch_size)
+
+    @tf.function
+    def epoch(order, seed):
+        total, hits, seen = 0.0, 0.0, 0.0
+        for i in tf.range(batches):
+            index = order[i * batch_size : (i + 1) * batch_size]
+            images, labels = tf.gather(x, index), tf.gather(y, index)
+            images = tf.ensure_shape(images, (None, *x.shape[1:]))
+            if adversary is not None:
+                adversarial = adversary.craft(model, images, labels, seed + tf.stack([0, 1000003 * (i + 1)]))
+                images = tf.concat([images, adversarial], 0) if adversary.mixed else adversarial
+                labels = tf.concat([labels, labels], 0) if adversary.mixed else labels
+            with tf.GradientTape() as tape:
+                logits = model(images, training=True)
+                losses = cross_entropy(logits, labels)
+                loss = tf.reduce_mean(losses)
+            variables = model.trainable_variables
+            optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+            total += tf.reduce_sum(losses)
+            hits += tf.reduce_sum(tf.cast(tf.argmax(logits, axis=1) == labels, tf.float32))
+            seen += tf.cast(tf.shape(labels)[0], tf.float32)
+        return total / seen, hits / seen
+
+    return epoch
