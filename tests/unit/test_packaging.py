@@ -1,10 +1,12 @@
 """The files that describe the project (requirements, lock, environment, wheel, workflows) agree with each other."""
 
+import ast
 import re
 import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,20 @@ def test_lock_satisfies_every_requirement(python, system, machine):
             assert pin is not None, f"{requirement.name} is not locked: make the lock again (see pyproject.toml)"
             version = str(pin.specifier).removeprefix("==")
             assert requirement.specifier.contains(version), f"{pin} is locked, {requirement} is wanted"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "src" / "helpers").glob("*.py")), ids=lambda path: path.stem)
+def test_imports_are_declared(path):
+    """On Colab only book.py may lack something: nothing but the extra `book` has papermill and Jupyter Book."""
+    extras = PROJECT["optional-dependencies"]
+    lines = PROJECT["dependencies"] + extras["cpu"] + (extras["book"] if path.stem == "book" else [])
+    declared = {canonicalize_name(Requirement(line).name) for line in lines}
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    for name in {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"helpers"}:
+        providers = {canonicalize_name(provider) for provider in packages_distributions()[name]}
+        assert providers & declared, f"{path.name} imports {name}, which pyproject.toml does not ask for"
 
 
 @pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.parent.name)
