@@ -1,34 +1,39 @@
 """The data sets of the book: where each is looked up, how it is checked, and what it comes as."""
 
-import difflib
+import gzip
 import hashlib
+import io
 import os
-from dataclasses import dataclass, field, replace
+import tarfile
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pooch
 import yaml
+from PIL import Image
+from skimage import data as images_of_skimage
+from skimage.transform import resize
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from sklearn.utils import resample
 
 from helpers import files
 
 _SOURCES = yaml.safe_load(Path(__file__).with_name("sources.yml").read_text(encoding="utf-8"))
-_PATCH, _STRIDE, _TEXTURE_SPLIT = 64, 16, 384  # pixels; rows from _TEXTURE_SPLIT on are for testing
+_PARTS = ("x_train", "y_train", "x_test", "y_test")
+NAMES = tuple(_SOURCES)
 
 
 @dataclass(frozen=True, repr=False)
 class Dataset:
     """Images and labels of one data set, ready for a network, with where they came from.
 
-    Attributes
-    ----------
-    name : str
-    x_train, x_test : float32 arrays (n, height, width, channels) in [0, 1]; `x_train` is empty where a set is
-        for testing only.
-    y_train, y_test : int64 arrays (n,), indices into `class_names`.
-    class_names : tuple of str
-    source : "embedded", "mirror", "cache" or "download"
-    sha256 : str, of the file or files that the data came from; of the arrays' bytes for embedded data.
-    extra : dict, what else the source tells. Arrays whose key ends in `_train` or `_test` hold one entry an image.
+    x_train, x_test : float32, (n, height, width, channels), in [0, 1]; `x_train` is empty in a set for testing only.
+    y_train, y_test : int64, (n,), indices into `class_names`.
+    source, sha256 : "embedded", "mirror", "cache" or "download"; of the mirror's file, or else of the arrays' bytes.
+    extra : what else the source tells; arrays whose key ends in `_train` or `_test` hold one entry an image.
     """
 
     name: str
@@ -39,17 +44,15 @@ class Dataset:
     class_names: tuple[str, ...]
     source: str
     sha256: str
-    extra: dict = field(default_factory=dict)
+    extra: dict
 
     def __repr__(self):
-        return (f"Dataset({self.name!r}: {len(self.x_train)} train, {len(self.x_test)} test, "
-                f"{'x'.join(map(str, self.x_test.shape[1:]))}, {len(self.class_names)} classes, {self.source})")
+        return f"<{self.name}: {len(self.x_train)} + {len(self.x_test)} images {self.x_test.shape[1:]}, {self.source}>"
 
     def take(self, n_train: int | None = None, n_test: int | None = None, seed: int = 0) -> "Dataset":
-        """Return a smaller data set with the same class proportions, up to rounding, in shuffled order.
+        """Return fewer images, in the same class proportions up to rounding, shuffled; None keeps a part whole.
 
-        `None` keeps a part as it is. The same `seed` takes the same images.
-        Raises ValueError when more images are asked for than there are, or fewer than one.
+        The same `seed` takes the same images. Raises ValueError when there are fewer images than asked for.
         """
         changes, extra = {}, dict(self.extra)
         for part, n in (("train", n_train), ("test", n_test)):
@@ -57,130 +60,141 @@ class Dataset:
                 continue
             y = getattr(self, f"y_{part}")
             if not 1 <= n <= len(y):
-                raise ValueError(f"n_{part}: got {n}, expected 1 to {len(y)} (the images that {self.name} has)")
-            rows = _stratified(y, n, seed)
+                raise ValueError(f"n_{part}: got {n}, expected 1 to {len(y)}, the images that {self.name} has")
+            rows = resample(np.arange(len(y)), replace=False, n_samples=n, stratify=y, random_state=seed)
             changes |= {key: getattr(self, key)[rows] for key in (f"x_{part}", f"y_{part}")}
             extra |= {key: value[rows] for key, value in extra.items() if key.endswith(f"_{part}")}
         return replace(self, **changes, extra=extra)
 
     def provenance(self) -> dict:
-        """Return what a result record keeps of this data set: source, sha256, n_train, n_test."""
-        return {"source": self.source, "sha256": self.sha256,
-                "n_train": len(self.x_train), "n_test": len(self.x_test)}
-
-
-def _stratified(y, n, seed):
-    from sklearn.utils import resample
-
-    return resample(np.arange(len(y)), replace=False, n_samples=n, stratify=y, random_state=seed)
+        """Return what a result record keeps of the data: source, sha256, n_train, n_test."""
+        return {"source": self.source, "sha256": self.sha256, "n_train": len(self.x_train), "n_test": len(self.x_test)}
 
 
 def load(name: str) -> Dataset:
     """Return the data set `name`, one of `NAMES`.
 
-    `digits` and `textures` come out of installed packages. The others are looked up in the folder that the
-    environment variable HELPERS_DATA names, as `<name>.npz`, and every file is checked against its SHA-256.
-
-    Raises
-    ------
-    ValueError : unknown name; a file that is not what its checksum says.
-    FileNotFoundError : HELPERS_DATA is not a folder, or the data is nowhere to be had.
+    `digits` and `textures` come out of installed packages, the others from the first that has them: `<name>.npz` in
+    the folder that the environment variable HELPERS_DATA names; the user's cache (XDG_CACHE_HOME moves it); the
+    public download, which the cache keeps. Every file is checked by its checksum. Raises ValueError for an unknown
+    name or a corrupt file of the mirror, OSError when HELPERS_DATA is no folder or none has the data, and says why.
     """
     if name not in NAMES:
-        close = difflib.get_close_matches(str(name), NAMES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"name: got {name!r}, expected one of {', '.join(NAMES)}{hint}")
+        raise ValueError(f"name: got {name!r}, expected one of {', '.join(NAMES)}")
     if name in _EMBEDDED:
-        arrays = _EMBEDDED[name]()
-        digest = hashlib.sha256(b"".join(arrays[key].tobytes() for key in _PARTS)).hexdigest()
-        return _dataset(name, arrays, "embedded", digest)
-    path = _in_mirror(name)
-    if path is not None:
-        return _dataset(name, _read(path), "mirror", _SOURCES[name]["sha256"])
-    raise FileNotFoundError(
-        f"data set {name!r} not found. Set HELPERS_DATA to a folder with {name}.npz, "
-        f"or use the profile 'smoke', whose data is embedded.")
+        return _dataset(name, _EMBEDDED[name](), "embedded")
+    if path := _in_mirror(name):
+        return _dataset(name, _read_npz(path), "mirror")
+    paths, source = _retrieve(name)
+    return _dataset(name, _READERS.get(name, _read_images)(name, paths), source)
+
+
+def _dataset(name, arrays, source):
+    """Return the Dataset of uint8 images, (n, h, w) or (n, h, w, c), and their labels."""
+    known = _SOURCES[name]
+    if "y" in arrays:  # the photos, which are for testing only
+        common = {"class_names": arrays["imagenet_names"], "x_train": arrays["x"][:0], "y_train": arrays["y"][:0]}
+        arrays = common | {f"{key}_test": value for key, value in arrays.items() if "imagenet" not in key}
+    parts = [arrays.pop(key) for key in _PARTS]
+    digest = hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
+    if digest != known["arrays"]:
+        warnings.warn(f"{name}: these are not the very images of the book's own runs", stacklevel=3)
+    x_train, x_test = ((x if x.ndim == 4 else x[..., None]).astype(np.float32) / 255 for x in parts[::2])
+    y_train, y_test = (y.astype(np.int64) for y in parts[1::2])
+    names = tuple(map(str, arrays.pop("class_names", known.get("class_names"))))
+    sha256 = known["sha256"] if source == "mirror" else digest
+    return Dataset(name, x_train, y_train, x_test, y_test, names, source, sha256, arrays)
 
 
 def _in_mirror(name):
-    """Return the checked file of the mirror, or None where there is no mirror or the mirror lacks it."""
-    folder = os.environ.get("HELPERS_DATA")
-    if not folder:
+    """Return the path of the mirror's file, checked, or None where there is no mirror or it lacks that file."""
+    if not (folder := os.environ.get("HELPERS_DATA")):
         return None
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"HELPERS_DATA: {folder!r} is not a folder")
-    path = Path(folder) / f"{name}.npz"
-    if not path.exists():
-        return None
-    found, expected = files.sha256(path), _SOURCES[name]["sha256"]
-    if found != expected:
-        raise ValueError(f"{path} is corrupt or truncated: its SHA-256 is {found}, expected {expected}")
-    return path
+        raise FileNotFoundError(f"HELPERS_DATA: got {folder!r}, expected an existing folder")
+    path, expected = Path(folder) / f"{name}.npz", _SOURCES[name]["sha256"]
+    if path.exists() and (found := files.sha256(path)) != expected:
+        raise ValueError(f"{path} is corrupt, truncated or another file: its SHA-256 is {found}, expected {expected}")
+    return path if path.exists() else None
 
 
-_PARTS = ("x_train", "y_train", "x_test", "y_test")
+def _retrieve(name):
+    """Return the paths of the public files in the cache, checked, and "download" if one was fetched just now."""
+    folder, fetched = pooch.os_cache("adversarial-defences-book") / name, []
+
+    def download(url, output_file, caller):
+        fetched.append(url)
+        pooch.HTTPDownloader(progressbar=True, chunk_size=1 << 16)(url, output_file, caller)
+
+    try:
+        paths = [Path(pooch.retrieve(url, checksum, Path(url).name, folder, downloader=download))
+                 for url, checksum in _SOURCES[name]["files"]]
+    except (OSError, ValueError) as error:  # no network, no permission, full disk; or a wrong checksum
+        raise OSError(f"data set {name!r}: HELPERS_DATA names no folder with {name}.npz, and the download to {folder} "
+                      f"failed ({error}). Set it, load again, or use the profile 'smoke' (embedded data).") from error
+    return paths, "download" if fetched else "cache"
 
 
-def _read(path):
-    """Return the arrays of an npz file; pickled objects are refused."""
+def _read_npz(path):
     with np.load(path, allow_pickle=False) as npz:
-        arrays = {key: npz[key] for key in npz.files}
-    if "x" in arrays:  # the photos: no training part, names for all 1000 classes and for the 32 photos
-        named = {"class_names": arrays.pop("imagenet_names"), "imagenet_wnids": arrays.pop("imagenet_wnids")}
-        empty = {"x_train": arrays["x"][:0], "y_train": arrays["y"][:0]}
-        arrays = empty | {f"{key}_test": value for key, value in arrays.items()} | named
-    missing = [key for key in _PARTS if key not in arrays]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; it has {', '.join(arrays)}")
-    return arrays
+        return dict(npz)
 
 
-def _dataset(name, arrays, source, sha256):
-    """Return the Dataset of uint8 images (n, h, w[, c]) and their labels."""
-    names = arrays.get("class_names", _SOURCES.get(name, {}).get("class_names"))
-    images = {key: _as_float(arrays[key]) for key in ("x_train", "x_test")}
-    labels = {key: arrays[key].astype(np.int64) for key in ("y_train", "y_test")}
-    extra = {key: value for key, value in arrays.items() if key not in (*_PARTS, "class_names")}
-    return Dataset(name, **images, **labels, class_names=tuple(map(str, names)), source=source, sha256=sha256,
-                   extra=extra)
+def _read_idx(name, paths):
+    """Return the arrays of gzipped idx files: number of axes in byte 3, big-endian sizes, then the bytes."""
+    raw = [gzip.decompress(path.read_bytes()) for path in paths]
+    return {key: np.frombuffer(r, np.uint8, offset=4 + 4 * r[3]).reshape(np.frombuffer(r, ">u4", r[3], offset=4))
+            for key, r in zip(_PARTS, raw, strict=True)}
 
 
-def _as_float(x):
-    x = x[..., None] if x.ndim == 3 else x
-    return x.astype(np.float32) / np.float32(255)
+def _read_images(name, paths):
+    """Return the arrays of a set whose images lie in one archive, or in one file each (the photos)."""
+    selections = _read_npz(Path(__file__).with_name("selections.npz"))
+    arrays = {key.split("/")[1]: value for key, value in selections.items() if key.startswith(f"{name}/")}
+    if name == "imagenet_photos":
+        return arrays | {"x": _squares(map(Path.read_bytes, paths), 299, "RGB")}
+    wanted = [*arrays["files_train"], *arrays["files_test"]]
+    found, depth = dict.fromkeys(wanted, b""), 1 + wanted[0].count("/")
+    with tarfile.open(paths[0]) as archive:
+        for member in archive:
+            if (file := "/".join(member.name.split("/")[-depth:])) in found:
+                found[file] = archive.extractfile(member).read()
+    digest = hashlib.sha256(b"".join(found.values())).hexdigest()
+    if not all(found.values()) or digest != _SOURCES[name].get("members", digest):
+        raise OSError(f"{paths[0]} lacks images or holds other ones: remove it and load {name!r} again")
+    x = _squares(found.values(), 64, "L" if name == "ct" else "RGB")
+    return arrays | dict(zip(("x_train", "x_test"), np.split(x, [len(arrays["y_train"])]), strict=True))
+
+
+def _squares(contents, size, mode):
+    """Return the central squares of encoded images, scaled to `size` x `size` pixels, as one uint8 array."""
+    squares = []
+    for content in contents:
+        image = Image.open(io.BytesIO(content)).convert(mode)
+        side, (width, height) = min(image.size), image.size
+        square = image.crop(((width - side) // 2, (height - side) // 2, (width + side) // 2, (height + side) // 2))
+        squares.append(np.asarray(square.resize((size, size), Image.Resampling.LANCZOS)))
+    return np.stack(squares)
 
 
 def _digits():
-    """Return scikit-learn's 1,797 digits (8x8, 17 grey levels), scaled up to 28x28; 500 are for testing."""
-    from skimage.transform import resize
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    scaled = resize(digits.images / 16, (len(digits.images), 28, 28), order=1)
-    x = np.rint(255 * scaled).astype(np.uint8)
-    x_train, x_test, y_train, y_test = train_test_split(x, digits.target, test_size=500, stratify=digits.target,
-                                                        random_state=0)
-    return {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test,
-            "class_names": digits.target_names}
+    """Return scikit-learn's 1,797 digits (8x8 pixels, 17 grey levels), scaled up to 28x28; 500 are for testing."""
+    x, y = load_digits(return_X_y=True)
+    x = np.rint(255 * resize(x.reshape(-1, 8, 8) / 16, (len(x), 28, 28), order=1)).astype(np.uint8)
+    split = train_test_split(x, y, test_size=500, stratify=y, random_state=0)
+    return dict(zip(("x_train", "x_test", "y_train", "y_test"), split, strict=True))
 
 
 def _textures():
-    """Return overlapping 64x64 patches of scikit-image's brick, grass and gravel (512x512, grey).
-
-    Training patches lie in the rows above `_TEXTURE_SPLIT`, test patches in the rows below: they share no pixel.
-    """
-    from skimage import data
-
-    arrays = {"class_names": ["brick", "grass", "gravel"]}
-    textures = [getattr(data, name)() for name in arrays["class_names"]]
-    for part, rows in (("train", slice(0, _TEXTURE_SPLIT)), ("test", slice(_TEXTURE_SPLIT, None))):
-        windows = [np.lib.stride_tricks.sliding_window_view(texture[rows], (_PATCH, _PATCH))
-                   [::_STRIDE, ::_STRIDE].reshape(-1, _PATCH, _PATCH) for texture in textures]
-        arrays[f"x_{part}"] = np.concatenate(windows)
-        arrays[f"y_{part}"] = np.repeat(np.arange(len(windows)), [len(w) for w in windows])
+    """Return overlapping 64x64 patches of three grey 512x512 images: rows 0-383 to train on, 384-511 to test on."""
+    arrays, images = {}, [getattr(images_of_skimage, name)() for name in _SOURCES["textures"]["class_names"]]
+    for part, top, bottom in (("train", 0, 384), ("test", 384, 512)):
+        corners = [(row, column) for row in range(top, bottom - 63, 16) for column in range(0, 449, 16)]
+        arrays[f"x_{part}"] = np.stack([image[r:r + 64, c:c + 64] for image in images for r, c in corners])
+        arrays[f"y_{part}"] = np.repeat(np.arange(len(images)), len(corners))
+        arrays[f"corner_{part}"] = np.tile(corners, (len(images), 1))
     return arrays
 
 
 _EMBEDDED = {"digits": _digits, "textures": _textures}
-NAMES = (*_EMBEDDED, *_SOURCES)
+_READERS = {"mnist": lambda name, paths: _read_npz(paths[0]), "fashion_mnist": _read_idx}
