@@ -1,0 +1,48 @@
+# The two commands are `make book` and `make test`; the first target that needs it sets up .venv from requirements.lock.
+PYTHON ?= python3
+PROFILE ?= smoke
+SHOW ?= auto
+CHAPTER ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+HELPERS := $(BIN)/python -m helpers
+CHAPTERS := $(foreach name,$(CHAPTER),--chapter $(name))
+
+.DEFAULT_GOAL := help
+.PHONY: help book test paper bench lint clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+book: $(READY) ## execute the chapters and render the site [PROFILE=smoke|quick|paper SHOW=auto|run CHAPTER=02]
+	@$(HELPERS) book --profile $(PROFILE) --show $(SHOW) $(CHAPTERS)
+
+test: $(READY) ## run every test, the notebooks' smoke runs and the rendered site included
+	@$(BIN)/python -m pytest $(PYTEST)
+
+paper: $(READY) ## run the paper profile for hours, resumable, and put its results under book/ [CHAPTER=02]
+	@$(HELPERS) paper $(CHAPTERS)
+
+bench: $(READY) ## measure the attacks against other libraries
+	@$(BIN)/python -m tests.benchmarks
+
+lint: $(READY) ## check style, spelling, notebooks without outputs and the workflows
+	@$(BIN)/ruff check .
+	@$(BIN)/codespell
+	@$(BIN)/nbstripout --keep-id --verify notebooks/*.ipynb
+	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+
+clean: ## remove what was made, except the finished units of paper runs (_build/units) and .venv
+	@[ ! -d _build ] || find _build -mindepth 1 -maxdepth 1 ! -name units -exec rm -r {} +
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
+	  echo "Python 3.11, 3.12 or 3.13 is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	  echo "$(PYTHON) comes without venv; on Debian or Ubuntu: apt install python3-venv"; exit 1; }
+	@echo "Setting up .venv from requirements.lock (once, two to three minutes) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@

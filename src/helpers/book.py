@@ -1,0 +1,260 @@
+"""From the notebooks to the site: `execute` (papermill), `stage` (lay out the pages), `build` (Jupyter Book).
+
+    notebooks/ ─ execute ─► output/executed/, output/results/ ─ stage ─► output/stage/ ─ build ─► output/html/
+
+Each is made under another name and then renamed: nothing half written is found under its own name.
+"""
+
+import base64
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import get_args
+
+import jinja2
+import nbformat
+import pandas as pd
+import yaml
+
+from helpers.files import atomic
+from helpers.profiles import PROFILES
+from helpers.records import Record, Verdict, claims
+
+LIMITS = {"smoke": (300, 600), "quick": (1200, 2400), "paper": (12 * 3600, 24 * 3600)}  # seconds: a cell, a chapter
+MAX_BYTES = 2_000_000  # of an executed copy in the repository
+
+
+class BookError(RuntimeError):
+    """The book cannot be made; the message says which chapter, where and why."""
+
+
+@dataclass(frozen=True)
+class Book:
+    """A checkout (`root`), the folder for whatever is made from it (`output`), the profile, and what the pages show.
+
+    `show`: "auto" shows a chapter's committed paper-profile copy while it is fresh (its code cells equal the source's)
+    and this machine's run otherwise; "run" always shows the run.
+    """
+
+    root: Path
+    output: Path
+    profile: str = "smoke"
+    show: str = "auto"
+
+    def chapters(self, *prefixes: str) -> list[str]:
+        """Chapters whose name starts with one of `prefixes` (without any: all); ValueError when a prefix fits none."""
+        names = sorted(path.stem for path in self.root.glob("notebooks/[0-9]*.ipynb"))
+        for prefix in prefixes or [""]:
+            if not any(name.startswith(prefix) for name in names):
+                raise ValueError(f"chapter: got {prefix!r}, expected the start of one of {', '.join(names) or 'none'}")
+        return [name for name in names if name.startswith(prefixes or "")]
+
+    def source(self, chapter: str):
+        """The notebook as written, without outputs."""
+        return nbformat.read(self.root / f"notebooks/{chapter}.ipynb", 4)
+
+    def run(self, chapter: str, profile: str = "") -> tuple[Path, Path]:
+        """Executed notebook and record of this machine's run."""
+        name = profile or self.profile
+        return self.output / f"executed/{name}/{chapter}.ipynb", self.output / f"results/{chapter}/{name}.json"
+
+    def committed(self, chapter: str) -> tuple[Path, Path]:
+        """Executed notebook and record of the paper-profile run that the repository keeps."""
+        return self.root / f"book/executed/{chapter}.ipynb", self.root / f"book/results/{chapter}/paper.json"
+
+
+def execute(book: Book, chapters: list[str]) -> None:
+    """Run chapters with papermill, each in a process of its own: in profile smoke a core each, else few at once.
+
+    Raises BookError with the name, cell and error of every chapter that failed: such a chapter leaves no output.
+    """
+    cores = os.cpu_count() or 1
+    jobs = max(1, min(len(chapters), cores if book.profile == "smoke" else cores // 4))  # other units use all cores
+    with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
+        futures = {name: pool.submit(_execute, book, name, LIMITS[book.profile], cores // jobs) for name in chapters}
+    with atomic(book.output / "status.json") as path:
+        path.write_text(json.dumps(status(book), indent=1))
+    errors = {name: future.exception() for name, future in futures.items() if future.exception()}
+    if errors:
+        raise BookError("\n".join(f"{name}, profile {book.profile}: {error}" for name, error in errors.items()))
+
+
+def status(book: Book) -> list[dict]:
+    """The last run of each chapter and profile on this machine: seconds, verdicts, date, versions, hardware."""
+    runs = [Record.load(path) for path in sorted(book.output.glob("results/*/*.json"))]
+    return [_facts(run) for run in runs if book.run(run.chapter, run.profile)[0].exists()]
+
+
+def _facts(record):
+    found = [claim.verdict for claim in record.claims]
+    return {"chapter": record.chapter, "profile": record.profile, "created": record.created,
+            "verdicts": {verdict: found.count(verdict) for verdict in get_args(Verdict)},
+            **record.provenance.model_dump(exclude={"datasets"})}
+
+
+def _execute(book, chapter, limits, threads):
+    """Body of a chapter's process."""
+    threading.Thread(target=lambda: parent_process().join() or os._exit(1), daemon=True).start()  # its kernel follows
+    own = ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
+    os.environ.update({name: str(book.output / "jupyter") for name in own}, HELPERS_OUTPUT=str(book.output))
+    os.environ.update(JUPYTER_PATH="", TF_NUM_INTRAOP_THREADS=str(threads))
+    import papermill  # after its settings: this interpreter's kernel, whatever else the user has installed
+
+    (target, record), start = book.run(chapter), time.monotonic()
+    target.unlink(missing_ok=True)  # or a failed run would leave an earlier one's output in its place
+    record.unlink(missing_ok=True)
+    bar = {"desc": f"{chapter} [{book.profile}]", "bar_format": "{desc}: cell {n_fmt} of {total_fmt}, {elapsed}"}
+    with atomic(target) as partial:
+        try:
+            papermill.execute_notebook(
+                book.root / f"notebooks/{chapter}.ipynb", partial, {"PROFILE": book.profile}, kernel_name="python3",
+                progress_bar=bar, cwd=book.root / "notebooks", coalesce_streams=True,
+                timeout_func=lambda cell: max(1, min(limits[0], start + limits[1] - time.monotonic())),
+                extra_arguments=["--log-level=CRITICAL"])  # of the kernel's own log; a cell's error comes as output
+        except Exception as error:
+            record.unlink(missing_ok=True)
+            raise BookError(_failure(book.source(chapter), partial, error, limits)) from None
+        if not record.exists():
+            raise BookError(f"the notebook ended without saving its record, {record}")
+
+
+def _failure(source, partial, error, limits):
+    """Cell (numbered as in the source), its first line, and the error, from the notebook that papermill left behind."""
+    ran = nbformat.read(partial, 4).cells if partial.stat().st_size else []
+    tried = [cell for cell in ran if cell.cell_type == "code" and cell.metadata.papermill.start_time]
+    if not tried:
+        return f"before the first cell: {error!r}"
+    reasons = [f"{output.ename}: {output.evalue}" for output in tried[-1].outputs if output.output_type == "error"]
+    if type(error).__name__ == "CellTimeoutError":  # which interrupts the cell, and that is an error of the cell, too
+        reasons = ["time limit reached ({} s a cell, {} s a chapter)".format(*limits)]
+    number = {cell.id: n for n, cell in enumerate(source.cells, 1)}.get(tried[-1].id, "of parameters")
+    return f"cell {number} `{tried[-1].source.strip().splitlines()[0]}`: {(reasons or [repr(error)])[0]}"
+
+
+def publish(book: Book, chapter: str) -> list[Path]:
+    """Copy the run's notebook and record under `book/`, to be committed; BookError when the notebook is too large."""
+    (ran, record), (executed, paper) = book.run(chapter), book.committed(chapter)
+    text = nbformat.writes(_graft(book, chapter, ran)) + "\n"
+    if len(text.encode()) > MAX_BYTES:
+        raise BookError(f"{chapter}: the executed copy has more than {MAX_BYTES:,} bytes: use smaller figures")
+    for path, content in ((executed, text), (paper, record.read_text())):
+        with atomic(path) as temporary:
+            temporary.write_text(content)
+    return [executed, paper]
+
+
+def _graft(book, chapter, executed):
+    """The source notebook with the outputs of an executed copy, or None when their code cells differ: a stale copy.
+
+    The prose is the source's, what papermill injected stays behind, and this machine's paths are cut from the outputs.
+    """
+    page, ran = book.source(chapter), nbformat.read(executed, 4).cells if executed.exists() else []
+    cells = [cell for cell in page.cells if cell.cell_type == "code"]
+    ran = [cell for cell in ran
+           if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])]
+    if [cell.source for cell in cells] != [cell.source for cell in ran]:
+        return None
+    folders = [book.root, book.output, sys.prefix, os.environ.get("HELPERS_DATA") or sys.prefix, Path.home(),
+               tempfile.gettempdir()]
+    names = "|".join(re.escape(f"{folder}/") for folder in sorted(map(str, folders), key=len, reverse=True))
+    path = re.compile(rf"(?<![\w+/])(?:{names})(?:ipykernel_\d+/)?")
+    for cell, done in zip(cells, ran, strict=True):
+        outputs = json.loads(path.sub("", json.dumps(done.outputs)))
+        cell.outputs, cell.execution_count = [nbformat.from_dict(output) for output in outputs], done.execution_count
+    return page
+
+
+def _with_figures(page, folder, chapter):
+    """Turn every figure into a MyST figure, with the alternative text and caption that its output brings along."""
+    for cell in page.cells:
+        for n, output in enumerate(cell.get("outputs", [])):
+            if about := output.get("metadata", {}).get("image/png"):
+                name = f"{chapter}-{cell.id}-{n}.png"
+                (folder / name).write_bytes(base64.b64decode(output.data["image/png"]))
+                text = f"{name}\n:alt: {json.dumps(about['alt'], ensure_ascii=False)}\n:name: fig-{cell.id}"
+                output.data = {"text/markdown": f":::{{figure}} {text}\n\n{about.get('caption', '')}\n:::"}
+    return page
+
+
+def ledger(book: Book) -> pd.DataFrame:
+    """Every claim of the papers, and what the committed paper-profile records found: a row a claim and column of it."""
+    known = claims(book.root / "book/claims.yml")
+    found = [Record.load(path).comparison() for path in sorted(book.root.glob("book/results/*/paper.json"))]
+    done = {name for frame in found for name in frame["Claim"]}
+    rest = [{"Claim": claim.id, "What": ": ".join(filter(None, (claim.what or claim.where, part))), "Ours": "–",
+             "Paper": "–" if value is None else f"{value:g}", "Verdict": "no record yet", "Note": ""}
+            for claim in known.values() if claim.id not in done
+            for part, value in (claim.value if isinstance(claim.value, dict) else {"": claim.value}).items()]
+    frame = pd.concat([*found, pd.DataFrame(rest)])
+    frame.insert(1, "Where", [known[name].where for name in frame["Claim"]])
+    return frame.sort_values("Claim", key=lambda names: names.map(list(known).index), kind="stable")
+
+
+def stage(book: Book) -> None:
+    """Lay out what Sphinx reads in output/stage: the pages, the notebooks with outputs and card, ledger and status."""
+    from helpers.figures import verdict_bars
+
+    stage = book.output / "stage"
+    shutil.rmtree(stage, ignore_errors=True)
+    unshown = shutil.ignore_patterns("executed", "results", "*.jinja")
+    shutil.copytree(book.root / "book", stage / "book", ignore=unshown)
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy(book.root / name, stage)
+    for name in ("notebooks", "book/downloads", "book/_static"):
+        (stage / name).mkdir(exist_ok=True)
+    pages = jinja2.Environment(loader=jinja2.FileSystemLoader(book.root / "book"), trim_blocks=True, autoescape=True)
+    shown = [_stage_chapter(book, chapter, stage, pages.get_template("card.md.jinja")) for chapter in book.chapters()]
+    frame, papers = ledger(book), yaml.safe_load((book.root / "book/claims.yml").read_text())["papers"]
+    frame.to_csv(stage / "book/downloads/ledger.csv", index=False)
+    frame.to_json(stage / "book/downloads/ledger.json", orient="records", indent=1, force_ascii=False)
+    verdicts = frame.drop_duplicates("Claim")["Verdict"].groupby(frame["Claim"].str[:2])
+    counts = {papers[number]["short"]: found.value_counts().to_dict() for number, found in verdicts}
+    verdict_bars(counts).savefig(stage / "book/_static/at-a-glance.png", dpi=200)
+    data = {"ledger": frame.to_dict("records"), "papers": papers, "counts": counts, "shown": shown}
+    for name in ("ledger.md", "status.md"):
+        (stage / "book" / name).write_text(pages.get_template(f"{name}.jinja").render(data, runs=status(book)))
+
+
+def _stage_chapter(book, chapter, stage, card):
+    """Write a chapter's page and downloads; return the facts of what its page shows."""
+    choices = [book.committed(chapter), book.run(chapter)][book.show == "run":]
+    found = [(page, Record.load(record)) for executed, record in choices if (page := _graft(book, chapter, executed))]
+    page, record = found[0] if found else (book.source(chapter), None)
+    facts, downloads = {"chapter": chapter, "profile": None}, stage / "book/downloads"
+    nbformat.write(page, downloads / f"{chapter}.ipynb")
+    if record:
+        facts |= _facts(record)
+        (downloads / f"{chapter}.json").write_text(record.model_dump_json(indent=1))
+        record.comparison().to_csv(downloads / f"{chapter}.csv", index=False)
+    known = [path for path in [*(book.run(chapter, name)[1] for name in PROFILES), book.committed(chapter)[1]]]
+    times = {path.stem: Record.load(path).provenance.seconds for path in known if path.exists()}
+    page.cells.insert(1, nbformat.v4.new_markdown_cell(card.render(facts, times=times), id="card"))
+    nbformat.write(_with_figures(page, stage / "notebooks", chapter), stage / f"notebooks/{chapter}.ipynb")
+    return facts
+
+
+def build(book: Book) -> Path:
+    """Render the stage with Jupyter Book, warnings as errors, and put the site in its place; return its first page."""
+    with tempfile.TemporaryDirectory(dir=book.output) as made:
+        command = [Path(sysconfig.get_path("scripts"), "jupyter-book"), "build", book.output / "stage"]
+        options = ["-W", "--keep-going", "-q", "--path-output", made]
+        if code := subprocess.run([*command, *options], stdout=subprocess.DEVNULL).returncode:
+            raise BookError(f"jupyter-book ended with exit code {code}: its warnings, above, count as errors")
+        site, new = book.output / "html", Path(made, "_build/html")
+        for chapter in book.chapters():  # the page's own download button offers the notebook without card
+            shutil.copy(book.output / f"stage/book/downloads/{chapter}.ipynb", new / "_sources/notebooks")
+        if site.exists():
+            site.rename(Path(made, "old"))
+        new.rename(site)
+    return site / "index.html"

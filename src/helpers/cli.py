@@ -1,0 +1,100 @@
+"""The command line, `python -m helpers`: the Makefile's targets are thin names for it."""
+
+import os
+from pathlib import Path
+
+import click
+
+from helpers import __version__
+from helpers.profiles import PROFILES
+
+_chapter = click.option("--chapter", "chapters", multiple=True, metavar="NAME",
+                        help="Only this chapter: the start of its name is enough, as in 02. May be repeated.")
+_profile = click.option("--profile", type=click.Choice(PROFILES), default="smoke", show_default=True,
+                        help="smoke: embedded data, about a minute a chapter. quick: the paper's data, fewer images; "
+                        "minutes. paper: the paper's sizes and repeats; hours.")
+
+
+class _Group(click.Group):
+    """Errors that a user can act on end the command with their message instead of a traceback."""
+
+    def invoke(self, context):
+        from helpers.book import BookError
+
+        try:
+            return super().invoke(context)
+        except (BookError, ValueError, OSError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+def main():
+    """Execute the chapters and render the book, in the folder of its checkout.
+
+    `python -m helpers book` does both. Data sets are looked for in the folder HELPERS_DATA, then in the cache, then
+    downloaded. Whatever is made goes to the folder HELPERS_OUTPUT, _build where that is not set.
+    """
+
+
+@main.command()
+@_profile
+@_chapter
+@click.option("--show", type=click.Choice(["auto", "run"]), default="auto", show_default=True,
+              help="auto: a page shows the committed paper run while its code is unchanged. run: always this run.")
+def book(profile, chapters, show):
+    """Execute the chapters, then render the site."""
+    from helpers.book import build, execute, stage
+
+    this = _book(profile, show)
+    execute(this, this.chapters(*chapters))
+    stage(this)
+    site = build(this)
+    _print_status(this)
+    click.echo(f"\nThe book is at {site}")
+
+
+@main.command()
+@_profile
+@_chapter
+def run(profile, chapters):
+    """Execute the chapters without rendering the site."""
+    from helpers.book import execute
+
+    this = _book(profile)
+    execute(this, this.chapters(*chapters))
+    _print_status(this)
+
+
+@main.command()
+@_chapter
+def paper(chapters):
+    """Execute in profile paper (hours, resumable) and put the results under book/."""
+    from helpers.book import execute, publish
+
+    this = _book("paper")
+    execute(this, this.chapters(*chapters))
+    for chapter in this.chapters(*chapters):
+        click.echo("to be committed: {} {}".format(*publish(this, chapter)))
+
+
+@main.command()
+def status():
+    """Show the last run of each chapter on this machine."""
+    _print_status(_book())
+
+
+def _book(profile="smoke", show="auto"):
+    from helpers.book import Book
+
+    if not Path("_config.yml").exists():
+        raise click.ClickException(f"no _config.yml in {Path.cwd()}: run this in the folder of the book's checkout")
+    return Book(Path.cwd(), Path(os.environ.get("HELPERS_OUTPUT", "_build")).resolve(), profile, show)
+
+
+def _print_status(this):
+    from helpers.book import status
+
+    for row in status(this):
+        verdicts = ", ".join(f"{n} {verdict}" for verdict, n in row["verdicts"].items() if n)
+        click.echo(f"{row['chapter']:40} {row['profile']:6} {row['seconds']:7.0f} s  {verdicts}")

@@ -1,0 +1,149 @@
+"""Executing chapters: what fails says where, and leaves nothing that looks finished."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+from conftest import RECORD, command
+
+import helpers.book
+from helpers.book import BookError, execute, status
+from helpers.records import Record
+
+
+def processes():
+    """Command lines of the running processes by id."""
+    listed = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True).stdout
+    return {int(line.split()[0]): line for line in listed.splitlines()}
+
+
+def test_a_chapter_leaves_its_notebook_record_and_status(tiny):
+    book = tiny(RECORD)
+    execute(book, book.chapters())
+    executed, record = book.run("02_tiny")
+    assert nbformat.read(executed, 4).cells[-1].execution_count
+    assert Record.load(record).profile == "smoke"
+    assert [path.name for path in executed.parent.iterdir()] == ["02_tiny.ipynb"]
+    (row,) = status(book)
+    assert (row["chapter"], row["profile"], row["verdicts"]["not-testable"]) == ("02_tiny", "smoke", 1)
+    assert json.loads((book.output / "status.json").read_text()) == [row]
+
+
+def test_chapters_need_no_code_of_their_own_and_run_side_by_side(tiny):
+    book = tiny(RECORD)
+    tiny(RECORD.replace("02", "04").replace("sec4.train_accuracy", "sec51.mnist_accuracy"), name="04_tiny")
+    execute(book, book.chapters())
+    assert [row["chapter"] for row in status(book)] == ["02_tiny", "04_tiny"]
+    assert book.chapters("04") == ["04_tiny"]
+
+
+def test_a_failing_cell_is_named_and_no_earlier_output_stays(tiny):
+    book = tiny(RECORD)
+    execute(book, book.chapters())
+    tiny("x = 1", RECORD, "# a comment\n\nnumbers = [1]\nnumbers[x]")
+    with pytest.raises(BookError, match=r"02_tiny, profile smoke: cell 5 `# a comment`: IndexError: list index out"):
+        execute(book, book.chapters())
+    assert not any(path.exists() for path in book.run("02_tiny"))
+    assert not list(book.run("02_tiny")[0].parent.iterdir())
+    assert not status(book)
+
+
+def test_one_failing_chapter_does_not_hide_the_other(tiny):
+    book = tiny("raise KeyError('first')")
+    tiny("raise KeyError('second')", name="04_tiny")
+    with pytest.raises(BookError, match="(?s)02_tiny.*first.*04_tiny.*second"):
+        execute(book, book.chapters())
+
+
+@pytest.mark.parametrize("limits", [(1, 60), (60, 1)], ids=["cell", "chapter"])
+def test_time_limits(tiny, monkeypatch, limits):
+    monkeypatch.setitem(helpers.book.LIMITS, "smoke", limits)
+    book = tiny("import time; time.sleep(40)")
+    with pytest.raises(BookError, match=r"02_tiny, .*cell 3 `import time.*`: time limit reached \(\d+ s a cell"):
+        execute(book, book.chapters())
+    assert not book.run("02_tiny")[0].exists()
+
+
+def test_a_kernel_that_dies_is_named(tiny):
+    book = tiny("import os", "os._exit(1)")
+    with pytest.raises(BookError, match=r"02_tiny, profile smoke: cell 4 `os._exit\(1\)`: DeadKernelError"):
+        execute(book, book.chapters())
+
+
+def test_a_chapter_without_a_record_fails(tiny):
+    book = tiny("x = 1")
+    with pytest.raises(BookError, match="without saving its record, .*02_tiny/smoke.json"):
+        execute(book, book.chapters())
+    assert not book.run("02_tiny")[0].exists()
+
+
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
+def test_killing_the_command_stops_the_kernel_and_leaves_nothing_half_written(tiny, tmp_path, kill):
+    pid = tmp_path / "pid"
+    book = tiny(f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\ntime.sleep(60)")
+    running = subprocess.Popen([sys.executable, "-m", "helpers", "run"], cwd=book.root,
+                               env=os.environ | {"HELPERS_OUTPUT": str(book.output)})
+    deadline = time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    kernel = int(pid.read_text())
+    assert kernel in processes()
+    running.send_signal(kill)
+    assert running.wait(20)
+    while kernel in processes() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert kernel not in processes()
+    assert not any(path.exists() for path in book.run("02_tiny"))
+
+
+def test_the_kernel_is_this_python_whatever_the_user_has_installed(tiny, tmp_path):
+    kernel = tmp_path / "home/.local/share/jupyter/kernels/python3/kernel.json"
+    startup = tmp_path / "home/.ipython/profile_default/startup/00-broken.py"
+    for path, text in [(kernel, '{"argv": ["false"], "display_name": "", "language": ""}'), (startup, "1 / 0")]:
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    book = tiny("import sys", f"assert sys.executable == {sys.executable!r}", RECORD)
+    done = command("run", cwd=book.root, HELPERS_OUTPUT=str(book.output), HOME=str(tmp_path / "home"),
+                   JUPYTER_PATH=str(kernel.parents[2]), JUPYTER_PREFER_ENV_PATH="0")
+    assert done.returncode == 0, done.stderr
+    assert "ZeroDivisionError" not in book.run("02_tiny")[0].read_text() + done.stderr
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["book", "--profile", "papr"], "'papr' is not one of 'smoke', 'quick', 'paper'"),
+    (["book", "--show", "all"], "'all' is not one of 'auto', 'run'"),
+    (["run", "--chapter", "07"], "chapter: got '07', expected the start of one of 02_tiny"),
+    (["bok"], "No such command 'bok'"),
+])
+def test_bad_arguments(tiny, arguments, message):
+    done = command(*arguments, cwd=tiny(RECORD).root)
+    assert done.returncode and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_named(tiny, tmp_path):
+    (tmp_path / "file").touch()
+    done = command("run", cwd=tiny(RECORD).root, HELPERS_OUTPUT=str(tmp_path / "file"))
+    assert done.returncode == 1 and f"{tmp_path / 'file'}" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_outside_a_checkout(tmp_path):
+    done = command("book", cwd=tmp_path)
+    assert done.returncode == 1 and f"no _config.yml in {tmp_path}" in done.stderr
+
+
+def test_help_names_the_commands(tmp_path):
+    text = command("--help", cwd=tmp_path).stdout
+    assert all(word in text for word in ("book", "run", "paper", "status", "HELPERS_DATA", "HELPERS_OUTPUT"))
+
+
+def test_a_failing_chapter_fails_the_command(tiny):
+    book = tiny("1 / 0")
+    done = command("book", cwd=book.root, HELPERS_OUTPUT=str(book.output))
+    assert done.returncode == 1
+    assert "02_tiny, profile smoke: cell 3 `1 / 0`: ZeroDivisionError: division by zero" in done.stderr
+    assert "Traceback" not in done.stderr and not (book.output / "html").exists()
