@@ -22,7 +22,7 @@ VERDICTS = {"reproduced": ("#7cc4e8", ""), "direction": ("#f2d98d", "//"),
 
 def use_style():
     """Set the book's style for every figure that follows."""
-    sns.set_theme(style="whitegrid", font_scale=0.9, rc={"axes.facecolor": BACKGROUND, "figure.dpi": 130})
+    sns.set_theme(style="whitegrid", font_scale=0.95, rc={"axes.facecolor": BACKGROUND, "figure.dpi": 130})
 
 
 def show(fig, alt, caption=""):
@@ -40,7 +40,7 @@ def say(markdown):
 
 def security_curve(eps, series, ylabel="accuracy", trained_eps=None, ax=None):
     """A rate in [0, 1] against eps; `series`: name -> (n_seeds, n_eps); `trained_eps` gets a line."""
-    ax = _axes(1, 1, 7, 5.2)[0, 0] if ax is None else ax
+    ax = _axes(1, 1, 6, 4.8)[0, 0] if ax is None else ax
     if trained_eps is not None:
         ax.axvline(trained_eps, color=FAINT, linestyle=":", label=f"trained at ε = {trained_eps:g}")
     ax.set(xlabel="ε (pixel range [0, 1])", ylabel=ylabel, ylim=(-0.02, 1.02))
@@ -51,7 +51,7 @@ def security_curve(eps, series, ylabel="accuracy", trained_eps=None, ax=None):
 
 def learning_curves(histories):
     """Panels for accuracy and loss; `histories`: network -> metric -> (n_seeds, n_epochs)."""
-    axes = _axes(1, 2, 10, 4.8)[0]
+    axes = _axes(1, 2, 8, 4.6)[0]
     for ax, panel, ylabel in zip(axes, ("accuracy", "loss"), ("accuracy", "loss (nats)"), strict=True):
         ax.set(xlabel="epoch", ylabel=ylabel)
         _bands(ax, {f"{network}, {metric.replace('_', ' ')}": values for network, metrics in histories.items()
@@ -102,7 +102,7 @@ def loss_surface(grid_x, grid_y, z):
 
 def verdict_bars(counts):
     """Claims by verdict, a bar a paper; `counts`: title -> verdict -> number (nothing: not run yet)."""
-    ax, left = _axes(1, 1, 8.5, 1.3 + 0.55 * len(counts))[0, 0], np.zeros(len(counts))
+    ax, left = _axes(1, 1, 7.2, 1.3 + 0.5 * len(counts))[0, 0], np.zeros(len(counts))
     for verdict, (fill, hatch) in VERDICTS.items():
         n = np.array([paper.get(verdict, 0) for paper in counts.values()])
         bars = ax.barh(list(counts), n, left=left, color=fill, hatch=hatch, edgecolor=FAINT, label=verdict)
@@ -129,8 +129,7 @@ def eps_slider(frames, eps, label):
 
 
 _SLIDER = """<figure class="eps-slider" id="%(key)s">%(images)s<figcaption>%(label)s
-<input type="range" min="0" max="%(last)d" value="0" aria-label="%(label)s">
-<output></output></figcaption></figure>
+<input type="range" min="0" max="%(last)d" value="0" aria-label="%(label)s"> <output></output></figcaption></figure>
 <script>(figure => { const [input, output] = figure.querySelectorAll("input, output");
   const frames = figure.querySelectorAll("img");
   (input.oninput = () => frames.forEach((frame, i) => { frame.hidden = i != input.value;
@@ -139,7 +138,8 @@ _SLIDER = """<figure class="eps-slider" id="%(key)s">%(images)s<figcaption>%(lab
 
 
 def _axes(n_rows, n_columns, width, height, **options):
-    return Figure((width, height), layout="constrained").subplots(n_rows, n_columns, squeeze=False, **options)
+    fig = Figure((width, height), layout="constrained", facecolor=BACKGROUND)
+    return fig.subplots(n_rows, n_columns, squeeze=False, **options)
 
 
 def _bands(ax, series, x=None, markers=" "):
