@@ -73,7 +73,7 @@ def image_strip(rows):
 def digit_grid(images, titles=None, columns=10, size=1.0):
     """A grid of images in [0, 1], (height, width[, channels]) each, `size` inches wide, with short titles."""
     n_rows, bare = -(-len(images) // columns), {"frame_on": False, "xticks": (), "yticks": ()}
-    axes = _axes(n_rows, columns, size * columns, (size + 0.25) * n_rows, subplot_kw=bare).ravel()
+    axes = _axes(n_rows, columns, size * columns, (size + 0.25) * n_rows, **bare).ravel()
     for ax, image, title in zip(axes, images, titles or [""] * len(images), strict=False):
         ax.imshow(np.clip(np.squeeze(image), 0, 1), cmap="gray", vmin=0, vmax=1)
         ax.set_title(title, fontsize="small")
@@ -101,7 +101,7 @@ def loss_surface(grid_x, grid_y, z):
 
 
 def verdict_bars(counts):
-    """Claims by verdict, a bar a paper; `counts`: title -> verdict -> number (nothing: not run yet)."""
+    """Claims by verdict, a bar a paper; `counts`: title -> verdict -> number (none: no record yet)."""
     ax, left = _axes(1, 1, 7.2, 1.3 + 0.5 * len(counts))[0, 0], np.zeros(len(counts))
     for verdict, (fill, hatch) in VERDICTS.items():
         n = np.array([paper.get(verdict, 0) for paper in counts.values()])
@@ -109,7 +109,7 @@ def verdict_bars(counts):
         ax.bar_label(bars, [k or "" for k in n], label_type="center", bbox={"facecolor": fill, "linewidth": 0})
         left += n
     for row in np.flatnonzero(left == 0):
-        ax.text(0.1, row, "not run yet", va="center", color=FAINT, style="italic")
+        ax.text(0.1, row, "no record yet", va="center", color=FAINT, style="italic")
     ax.set(xlabel="number of claims", xlim=(0, max(1, *left)), ylim=(len(counts) - 0.5, -0.5))
     ax.figure.legend(loc="outside lower center", ncols=len(VERDICTS))
     return ax.figure
@@ -139,7 +139,7 @@ _SLIDER = """<figure class="eps-slider" id="%(key)s">%(images)s<figcaption>%(lab
 
 def _axes(n_rows, n_columns, width, height, **options):
     fig = Figure((width, height), layout="constrained", facecolor=BACKGROUND)
-    return fig.subplots(n_rows, n_columns, squeeze=False, **options)
+    return fig.subplots(n_rows, n_columns, squeeze=False, subplot_kw={"facecolor": BACKGROUND, **options})
 
 
 def _bands(ax, series, x=None, markers=" "):

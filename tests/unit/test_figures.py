@@ -171,7 +171,7 @@ def test_loss_surfaces_share_a_scale():
 def test_verdict_bars_count_and_say_what_has_not_run():
     fig = figures.verdict_bars({"One": {"reproduced": 3, "not-reproduced": 1}, "Two": {}})
     texts = [text.get_text() for text in fig.axes[0].texts]
-    assert {"3", "1", "not run yet"} <= set(texts)
+    assert {"3", "1", "no record yet"} <= set(texts)
     assert "0" not in texts
     assert [text.get_text() for text in fig.legends[0].texts] == list(figures.VERDICTS)
 
