@@ -4,16 +4,16 @@ import ast
 import dis
 import hashlib
 import inspect
+import io
 import json
 import os
 import shutil
 import sys
 import warnings
-import zipfile
 from importlib import metadata
 from pathlib import Path
 from textwrap import dedent
-from types import CodeType, SimpleNamespace
+from types import CodeType
 
 import numpy as np
 from joblib import Parallel, cpu_count, delayed, parallel_config
@@ -22,13 +22,6 @@ from tqdm import tqdm
 from helpers import files
 
 _NO_COMPUTE = {"__init__", "__main__", "book", "cli", "figures", "files", "profiles", "records", "units"}
-_CORRUPT = (zipfile.BadZipFile, ValueError, EOFError, KeyError, RuntimeError)  # what np.load raises on a damaged file
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Return the installed version of each package; TensorFlow may be there as tensorflow-cpu."""
-    return {name: next((found.version for label in (name, f"{name}-cpu")
-                        for found in metadata.distributions(name=label)), "unknown") for name in packages}
 
 
 def run(function, grid, *, folder, n_jobs=None, label="", data=None) -> list[dict]:
@@ -39,59 +32,62 @@ def run(function, grid, *, folder, n_jobs=None, label="", data=None) -> list[dic
     arguments, the code (not its comments) of the function, of what it uses from its own module and of the helpers,
     the versions of NumPy, TensorFlow and Keras, and `data`, a plain value such as a data set's `sha256`.
     `n_jobs` processes of one thread each compute; None means one per core, or a single one where a GPU is.
-    Raises TypeError for arguments, results or global variables that are not such values, ValueError for `n_jobs` < 1.
+    Raises TypeError for arguments, results and global variables that are not such values, ValueError for `n_jobs` < 1.
     """
-    grid, jobs = list(grid), (1 if shutil.which("nvidia-smi") else cpu_count()) if n_jobs is None else n_jobs
+    jobs = n_jobs if n_jobs is not None else 1 if shutil.which("nvidia-smi") else cpu_count()
     if jobs < 1:
-        raise ValueError(f"n_jobs: got {n_jobs!r}, expected None or an integer of 1 or more")
+        raise ValueError(f"n_jobs: got {n_jobs}, expected None or at least 1")
     base = [_code(function), versions("numpy", "tensorflow", "keras"), data]
-    paths = [Path(folder) / function.__name__ / f"{_key(function, kwargs, base)}.npz" for kwargs in grid]
-    results = {path: _load(path) for path in paths}
-    todo = [(function, kwargs, path) for path, kwargs in dict(zip(paths, grid, strict=True)).items()
-            if results[path] is None]
-    with (tqdm(total=len(results), initial=len(results) - len(todo), desc=label or function.__name__, unit="unit",
-               file=_stream(), ncols=80) as bar, parallel_config("loky", inner_max_num_threads=1)):
-        if min(jobs, len(grid)) > 1:  # also for the last unit of a resumed run: the number of threads changes sums
-            done = Parallel(jobs, return_as="generator_unordered", batch_size=1)(delayed(_worker)(*u) for u in todo)
+    units = [(Path(folder) / function.__name__ / f"{_key(function, kwargs, base)}.npz", kwargs) for kwargs in grid]
+    results = {path: _load(path) for path, _ in units}
+    todo = [(function, kwargs, path) for path, kwargs in dict(units).items() if results[path] is None]
+    with (parallel_config("loky", inner_max_num_threads=1), tqdm(
+            total=len(results), initial=len(results) - len(todo), desc=label or function.__name__, unit="unit",
+            file=sys.stdout, ncols=80) as bar):
+        if jobs > 1 and len(units) > 1:  # also for the last unit of a resumed run: the number of threads changes sums
+            done = Parallel(jobs, return_as="generator_unordered", batch_size=1)(delayed(_compute)(*u, 1) for u in todo)
         else:
             done = (_compute(*unit) for unit in todo)
         for path in done:
             results[path] = _load(path)
             bar.update()
-    return [results[path] for path in paths]
+    return [results[path] for path, _ in units]
 
 
-def _worker(function, kwargs, path):
-    os.environ.update(TF_NUM_INTRAOP_THREADS="1", TF_NUM_INTEROP_THREADS="1")  # read when TensorFlow first computes
-    return _compute(function, kwargs, path)
+def versions(*packages: str) -> dict[str, str]:
+    """Return the installed version of each package; TensorFlow may be there as tensorflow-cpu."""
+    return {name: next((found.version for label in (name, f"{name}-cpu")
+                        for found in metadata.distributions(name=label)), "unknown") for name in packages}
 
 
-def _compute(function, kwargs, path):
+def _compute(function, kwargs, path, threads=None):
+    if threads:  # read when TensorFlow first computes
+        os.environ.update(TF_NUM_INTRAOP_THREADS=str(threads), TF_NUM_INTEROP_THREADS=str(threads))
     try:
         result = function(**kwargs)
-        arrays = {f"array.{name}": value for name, value in result.items() if isinstance(value, np.ndarray)}
-        if any(array.dtype.hasobject for array in arrays.values()):
-            raise TypeError("an array of objects cannot be kept without pickle")
-        plain = json.dumps({name: None if f"array.{name}" in arrays else value for name, value in result.items()},
-                           default=np.generic.item)
     except Exception as error:
         error.add_note(f"in the unit {function.__name__}({kwargs})")
         raise
+    arrays = {f"array.{name}": value for name, value in result.items()
+              if isinstance(value, np.ndarray) and not value.dtype.hasobject}
+    index = {name: None if f"array.{name}" in arrays else _json(f"result {name!r}", value)
+             for name, value in result.items()}
     with files.atomic(path) as temporary:
-        np.savez(temporary, plain=plain, **arrays)
+        np.savez(temporary, index=json.dumps(index), **arrays)
     return path
 
 
 def _load(path):
     if not path.exists():
         return None
+    content = io.BytesIO(path.read_bytes())
     try:
-        with np.load(path, allow_pickle=False) as members:
+        with np.load(content, allow_pickle=False) as members:
             if members.zip.testzip():  # with a damaged header NumPy may read too little to notice the checksum
-                raise zipfile.BadZipFile("wrong checksum")
-            arrays = {name.removeprefix("array."): members[name] for name in members.files if name != "plain"}
-            return json.loads(members["plain"].item()) | arrays
-    except _CORRUPT as error:
+                raise ValueError("wrong checksum")
+            index = json.loads(members["index"].item())
+            return {name: json.loads(text) if text else members[f"array.{name}"] for name, text in index.items()}
+    except Exception as error:  # the bytes are here: whatever goes wrong, it is they that are wrong
         warnings.warn(f"{path} is corrupt ({error}): computed again", stacklevel=3)
         path.unlink()
         return None
@@ -100,36 +96,36 @@ def _load(path):
 def _key(function, kwargs, base):
     bound = inspect.signature(function).bind(**kwargs)
     bound.apply_defaults()
-    return hashlib.sha256(json.dumps([base, bound.arguments], sort_keys=True, allow_nan=False).encode()).hexdigest()
+    arguments = {name: _json(f"argument {name!r}", value) for name, value in bound.arguments.items()}
+    return hashlib.sha256(_json("data", [base, arguments]).encode()).hexdigest()
+
+
+def _json(what, value):
+    try:
+        return json.dumps(value, default=np.generic.item)
+    except TypeError as error:
+        raise TypeError(f"{what}: got {value!r:.80}, expected numbers, strings, lists, or None") from error
 
 
 def _code(function):
-    """Return what a result hangs on besides its arguments: code without comments, and the notebook's constants."""
+    """Return the code that `function` runs, without comments, and the constants of its module that it uses."""
     if not inspect.isfunction(function) or not function.__name__.isidentifier() or function.__closure__:
-        raise TypeError(f"function: expected a plain named function without a closure, got {function!r}")
+        raise TypeError(f"function: got {function!r}, expected a plain function with a name and without a closure")
     found = {path.stem: _bare(path.read_text(encoding="utf-8")) for path in Path(__file__).parent.glob("*.py")
              if path.stem not in _NO_COMPUTE}
-    todo = {} if function.__module__.startswith("helpers.") else {f"{function.__name__}()": function}
+    todo = {} if function.__module__.startswith("helpers.") else {function.__qualname__: function}
     while todo:
-        label, item = todo.popitem()
-        found[label] = _bare(inspect.getsource(item))
-        for name in _global_names(item.__code__) & item.__globals__.keys():
-            value = inspect.unwrap(item.__globals__[name])  # a tf.function or another decorated one
+        label, used = todo.popitem()
+        found[label] = _bare(inspect.getsource(used))
+        for name in _global_names(used.__code__) & used.__globals__.keys():
+            value = inspect.unwrap(used.__globals__[name])  # what a tf.function holds
             if not hasattr(value, "__name__"):
-                found[name] = _constant(name, value)
+                found[name] = _json(f"global variable {name!r} of {function.__name__}", value)
             elif getattr(value, "__module__", None) == function.__module__:
-                members = {name: value} if inspect.isfunction(value) else vars(value)
-                todo |= {f"{name}.{key}()": member for key, member in members.items()
-                         if inspect.isfunction(member) and f"{name}.{key}()" not in found}
-    return [function.__module__, function.__qualname__, found]
-
-
-def _constant(name, value):
-    try:
-        return json.dumps(value)
-    except TypeError as error:
-        raise TypeError(f"function: it uses the global variable {name!r} ({type(value).__name__}), expected constants "
-                        "only: pass it, or what it is made from, as an argument") from error
+                parts = [value] if inspect.isfunction(value) else vars(value).values()
+                todo |= {part.__qualname__: part for part in parts
+                         if inspect.isfunction(part) and part.__qualname__ not in found}
+    return [function.__module__, function.__qualname__, sorted(found.items())]
 
 
 def _global_names(code):
@@ -143,13 +139,3 @@ def _bare(source):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
-
-
-def _stream():
-    """Return where to show progress: in a notebook one line that is written over, so that a saved page reads well."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if not hasattr(shell, "kernel"):
-        return sys.stderr
-    handle = sys.modules["IPython"].display.display({"text/plain": ""}, raw=True, display_id=True)
-    return SimpleNamespace(flush=lambda: None, write=lambda text: text.strip() and handle.update(
-        {"text/plain": text.strip()}, raw=True))

@@ -21,15 +21,15 @@ def test_a_profile_gives_its_own_settings(profile):
     assert settings.epochs == TABLE[profile]["epochs"]
 
 
-@pytest.mark.parametrize("overrides", [{"epochs": 1}, {"epsilon": 1}, {"n_train": None}, {"n_train": 7}, {"augment": True},
-                                       {"epsilons": [0, 0.5]}, {"epsilons": []}, {}])
+@pytest.mark.parametrize("overrides", [{"epochs": 1}, {"epsilon": 1}, {"n_train": None}, {"n_train": 7},
+                                       {"augment": True}, {"epsilons": [0, 0.5]}, {"epsilons": []}, {}])
 def test_overrides_win(overrides):
     assert resolve("quick", TABLE, overrides)._asdict() == {"profile": "quick", **TABLE["quick"], **overrides}
 
 
 @pytest.mark.parametrize("overrides", [{"epochs": 1.5}, {"epochs": "3"}, {"epochs": True}, {"epsilon": "0.1"},
-                                       {"epsilon": None}, {"epsilons": 0.1}, {"epsilons": ["0.1"]}, {"epsilons": [[0.1]]},
-                                       {"augment": 1}, {"n_train": "all"}])
+                                       {"epsilon": None}, {"epsilons": 0.1}, {"epsilons": ["0.1"]},
+                                       {"epsilons": [[0.1]]}, {"augment": 1}, {"n_train": "all"}])
 def test_an_override_of_the_wrong_type_is_refused(overrides):
     name = next(iter(overrides))
     with pytest.raises(TypeError, match=f"OVERRIDES: '{name}' got .*, expected "):
@@ -70,6 +70,6 @@ def test_settings_are_read_only_and_do_not_touch_the_table():
 def test_settings_are_shown_copied_and_sent_to_a_process():
     settings = resolve("quick", TABLE, {"epochs": 3})
     assert "<td>epochs</td><td>3</td>" in settings._repr_html_()
-    assert repr(settings) == ("Settings(profile='quick', n_train=5000, epochs=3, epsilon=0.1, epsilons=[0.0, 0.1, 0.2], "
-                              "augment=False)")
+    assert repr(settings) == ("Settings(profile='quick', n_train=5000, epochs=3, epsilon=0.1, "
+                              "epsilons=[0.0, 0.1, 0.2], augment=False)")
     assert copy.deepcopy(settings)._asdict() == pickle.loads(pickle.dumps(settings))._asdict() == settings._asdict()

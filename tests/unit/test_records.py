@@ -1,0 +1,446 @@
+"""Records: the schema, the verdict rules, what is refused, and where the numbers are said to come from."""
+
+import hashlib
+import itertools
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+import helpers
+from helpers import records
+from helpers.records import Claim, Record, claims, rows
+
+ROOT = Path(__file__).parents[2]
+CHAPTER = "02_mixed_batch_adversarial_training"
+DATASETS = {"mnist": {"source": "mirror", "sha256": "0" * 64, "n_train": 60000, "n_test": 10000}}
+ACCURACY = "02.sec4.test_accuracy"  # number, 0.9892, tolerance 0.004
+ORDER = "02.sec3.mixed_more_robust"
+
+
+def start(profile="quick", chapter=CHAPTER):
+    return Record.start(chapter, profile, DATASETS)
+
+
+@pytest.fixture
+def own_claims(monkeypatch):
+    """Claims of each kind for chapter 02, one number with columns, and one on substituted data."""
+    kinds = [
+        {"id": "02.number", "kind": "number", "value": 0.9892, "tolerance": 0.004},
+        {"id": "02.columns", "kind": "number", "value": {"clean": 0.9, "fgsm": 0.5}, "tolerance": 0.05},
+        {"id": "02.order", "kind": "order", "value": None},
+        {"id": "02.choice", "kind": "choice", "value": 0.1},
+        {"id": "02.shown", "kind": "shown", "value": None},
+        {"id": "05.number", "kind": "number", "value": 0.9, "tolerance": 0.05},
+    ]
+    found = {kind["id"]: Claim(where="Table I", what="something", **kind) for kind in kinds}
+    monkeypatch.setattr(records, "claims", lambda path=None: found)
+    return found
+
+
+# ── the claims ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_claim_of_the_book_is_complete():
+    text = yaml.safe_load((ROOT / "book/claims.yml").read_text())
+    known = claims()
+    assert len(known) == len(text["claims"]) == 73, "two claims share an id"
+    for claim in known.values():
+        assert re.fullmatch(r"\d\d\.\w+(\.\w+)+", claim.id)
+        assert claim.id[:2] in text["papers"]
+        assert not claim.what.count("(") - claim.what.count(")"), f"{claim.id}: a comma has cut its text: {claim.what}"
+        assert (claim.tolerance > 0 and claim.value is not None) == (claim.kind == "number"), claim.id
+        assert claim.kind != "choice" or claim.value is not None
+
+
+def test_a_claim_with_an_unquoted_comma_is_refused(tmp_path):
+    path = tmp_path / "claims.yml"
+    path.write_text("claims:\n- {id: 02.a, where: Table I, what: the 10,000 images, kind: order, value: null}\n")
+    with pytest.raises(ValueError, match="000 images"):
+        claims(path)
+
+
+def test_the_claims_of_an_installed_package_come_first(tmp_path, monkeypatch):
+    shutil.copy(ROOT / "book/claims.yml", tmp_path)
+    monkeypatch.setattr(records, "_PACKAGE", tmp_path)
+    assert claims() == claims(ROOT / "book/claims.yml")
+
+
+# ── the verdicts ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("id", "values", "options", "expected"), [
+    ("02.number", [0.9892], {}, "reproduced"),
+    ("02.number", [0.9852], {}, "reproduced"),  # at the edge of the tolerance, which binary fractions miss
+    ("02.number", [0.9932], {}, "reproduced"),
+    ("02.number", [0.9851], {}, "not-reproduced"),
+    ("02.number", [0.9851], {"direction": True}, "direction"),
+    ("02.number", [0.9851], {"direction": False}, "not-reproduced"),
+    ("02.number", [0.9892], {"direction": False}, "reproduced"),
+    ("02.number", 0.9892, {}, "reproduced"),
+    ("02.number", [0.97, 0.98, 0.99], {}, "reproduced"),  # mean 0.98, sd 0.01: the paper is within 2 sd
+    ("02.number", [0.97, 0.99], {}, "not-reproduced"),  # the same mean and a larger sd, but only two seeds
+    ("02.number", [0.979, 0.98, 0.981], {}, "not-reproduced"),
+    ("02.columns", {"clean": [0.91], "fgsm": [0.46]}, {}, "reproduced"),
+    ("02.columns", {"clean": [0.91], "fgsm": [0.30]}, {}, "not-reproduced"),
+    ("02.columns", {"clean": [0.91], "fgsm": [0.30]}, {"direction": True}, "direction"),
+    ("05.number", [0.9], {}, "direction"),  # other data than the paper's
+    ("05.number", [0.5], {}, "not-reproduced"),
+    ("02.order", [0.1, 0.11, 0.09], {}, "reproduced"),
+    ("02.order", [0.1, 0.1], {}, "reproduced"),
+    ("02.order", [0.1], {}, "direction"),  # one seed has no standard error
+    ("02.order", [0.3, -0.1, 0.1], {}, "direction"),
+    ("02.order", [0.0, 0.0], {}, "not-reproduced"),
+    ("02.order", [-0.1, -0.11], {}, "not-reproduced"),
+    ("02.order", {"a": [0.1, 0.1], "b": [0.1, 0.1]}, {}, "reproduced"),
+    ("02.order", {"a": [0.1, 0.1], "b": [-0.1, -0.1]}, {}, "not-reproduced"),
+    ("02.choice", [0.1], {}, "reproduced"),
+    ("02.choice", [0.1, 0.1, 0.1], {}, "reproduced"),
+    ("02.choice", [0.05, 0.15], {}, "not-reproduced"),  # a mean that nobody chose
+    ("02.choice", [1.0], {}, "not-reproduced"),
+    ("02.choice", [1.0], {"choice_tie": True}, "reproduced"),
+    ("02.shown", [0.4], {"direction": True}, "reproduced"),
+    ("02.shown", {"nr": [0.4], "dnr": [0.5]}, {"direction": False}, "not-reproduced"),
+])
+def test_verdict(own_claims, id, values, options, expected):
+    for profile in ("quick", "paper"):
+        assert start(profile, "05_x" if id[:2] == "05" else CHAPTER).claim(id, values, **options) == expected
+    assert start("smoke", "05_x" if id[:2] == "05" else CHAPTER).claim(id, values, **options) == "not-testable"
+
+
+def test_order_needs_two_standard_errors(own_claims):
+    spread = np.array([-1.0, 1.0, -1.0, 1.0])
+    error = spread.std(ddof=1) / 2
+    assert start().claim("02.order", spread + 2.001 * error) == "reproduced"
+    assert start().claim("02.order", spread + 1.999 * error) == "direction"
+
+
+def test_number_within_two_standard_deviations(own_claims):
+    spread = np.array([-0.01, 0.0, 0.01])  # sd 0.01
+    assert start().claim("02.number", 0.9892 + 0.01999 + spread) == "reproduced"
+    assert start().claim("02.number", 0.9892 + 0.02001 + spread) == "not-reproduced"
+
+
+def test_a_claim_without_values_is_not_testable():
+    record = start()
+    assert record.claim(ACCURACY, None, note="the paper's data is not public") == "not-testable"
+    assert record.claims[0].ours is None
+    with pytest.raises(ValueError, match="note: '02.table1.normal_adv_loss' has no values, expected a note"):
+        record.claim("02.table1.normal_adv_loss", None)
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=8))
+def test_the_measurement_is_the_sample_mean_and_deviation(values):
+    record = start()
+    record.claim(ORDER, values)
+    ours = record.claims[0].ours
+    assert ours.values == values and ours.n == len(values)
+    assert ours.mean == pytest.approx(math.fsum(values) / len(values), abs=1e-6)
+    assert ours.sd == pytest.approx(np.std(values, ddof=1) if len(values) > 1 else 0.0, abs=1e-6)
+
+
+# ── what is refused ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("id", "message"), [
+    ("02.sec4.test_acuracy", "id: unknown '02.sec4.test_acuracy', did you mean '02.sec4.test_accuracy'?"),
+    ("01.table3.test_accuracy", "id: '01.table3.test_accuracy' belongs to another chapter than 02_mixed"),
+])
+def test_unknown_claims_are_refused(id, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        start().claim(id, [0.5])
+
+
+def test_a_claim_is_given_once():
+    record = start()
+    record.claim(ACCURACY, [0.5])
+    with pytest.raises(ValueError, match="was given before"):
+        record.claim(ACCURACY, [0.5])
+
+
+@pytest.mark.parametrize("values", [[], [[0.1, 0.2]], [math.nan], [0.5, -math.inf], {}, {"clean": [0.5]}, "x"])
+def test_values_that_are_no_measurements_are_refused(own_claims, values):
+    record = start()
+    with pytest.raises(ValueError, match="values: got|could not convert"):
+        record.claim("02.number", values)
+    with pytest.raises(ValueError, match="values: got|could not convert"):
+        record.claim("02.order", {"a": [0.1], "b": values} if not isinstance(values, dict) else {})
+    assert record.claims == []
+
+
+def test_what_a_kind_needs_is_asked_for(own_claims):
+    with pytest.raises(ValueError, match="direction: '02.shown' is of kind 'shown', expected True or False"):
+        start().claim("02.shown", [0.5])
+    with pytest.raises(ValueError, match=re.escape("values: got ['clean'], expected the columns ['clean', 'fgsm']")):
+        start().claim("02.columns", {"clean": [0.9]})
+
+
+def test_the_paper_profile_needs_every_claim(tmp_path):
+    for profile in ("smoke", "quick"):
+        start(profile).save(tmp_path)
+    record = start("paper")
+    for id in [id for id in claims() if id[:2] == "02"][:-1]:
+        record.claim(id, None, note="left out")
+    with pytest.raises(ValueError, match=f"claims: {CHAPTER} lacks {ORDER}"):
+        record.save(tmp_path)
+    assert not list(tmp_path.rglob("paper.json"))
+    record.claim(ORDER, [0.1, 0.2])
+    assert record.save(tmp_path).exists()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, [1.0], {"a": 1}, 1j, object()])
+def test_a_table_cell_is_a_plain_value(bad):
+    record = start()
+    with pytest.raises(ValueError, match="tables"):
+        record.table("t", [{"a": bad}])
+    assert record.tables == {}
+
+
+@pytest.mark.parametrize(("x", "series"), [
+    ([0, 0.1], {"a": [1.0]}), ([0, 0.1], {"a": [[1.0, 2.0], [1.0]]}), ([0], {"a": []}),
+    ([0, 1], {"a": np.empty((0, 2))}), ([0, math.nan], {"a": [1, 2]}), ([0, 1], {"a": [[1, math.inf]]})])
+def test_a_curve_has_a_finite_value_for_each_x(x, series):
+    record = start()
+    with pytest.raises(ValueError):
+        record.curve("c", x, series)
+    assert record.curves == {}
+
+
+@pytest.mark.parametrize(("chapter", "profile", "source"), [
+    ("mixed", "quick", DATASETS["mnist"]),
+    (CHAPTER, "fast", DATASETS["mnist"]),
+    (CHAPTER, "quick", DATASETS["mnist"] | {"source": "somewhere"}),
+    (CHAPTER, "quick", DATASETS["mnist"] | {"sha256": "abc"}),
+    (CHAPTER, "quick", DATASETS["mnist"] | {"n_train": -1}),
+    (CHAPTER, "quick", DATASETS["mnist"] | {"n_train": 1.5}),
+    (CHAPTER, "quick", DATASETS["mnist"] | {"extra": 1}),
+])
+def test_a_start_with_wrong_facts_is_refused(chapter, profile, source):
+    with pytest.raises(ValueError):
+        Record.start(chapter, profile, {"mnist": source})
+
+
+# ── the file ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def full_record():
+    record = start()
+    record.claim(ACCURACY, np.float32([0.5, 0.75]), note="fewer images")
+    record.claim(ORDER, None, note="not run")
+    row = {"name": "plain", "eps": np.float32(0.25), "n": np.int64(3), "deep": np.True_, "no": None}
+    record.table("networks", [row])
+    record.curve("accuracy", np.float32([0, 0.5]), {"normal": np.array([[1.0, 0.5], [1, 0.25]]), "mixed": [1, 0.75]})
+    return record
+
+
+def test_the_file_follows_the_schema_of_the_design(tmp_path):
+    path = full_record().save(tmp_path)
+    assert path == tmp_path / "results" / CHAPTER / "quick.json"
+    content = json.loads(path.read_text())
+    assert list(content) == ["chapter", "profile", "created", "provenance", "claims", "tables", "curves"]
+    assert content["claims"] == [
+        {"id": ACCURACY, "ours": {"mean": 0.625, "sd": pytest.approx(0.1767767), "n": 2, "values": [0.5, 0.75]},
+         "verdict": "not-reproduced", "note": "fewer images"},
+        {"id": ORDER, "ours": None, "verdict": "not-testable", "note": "not run"}]
+    assert content["tables"] == {"networks": [{"name": "plain", "eps": 0.25, "n": 3, "deep": True, "no": None}]}
+    assert content["curves"] == {"accuracy": {"x": [0, 0.5], "series": {
+        "normal": [[1, 0.5], [1, 0.25]], "mixed": [[1, 0.75]]}}}
+    provenance = content["provenance"]
+    assert list(provenance) == ["commit", "dirty", "helpers_sha256", "python", "packages", "device", "cpu_count",
+                                "seconds", "datasets"]
+    assert provenance["datasets"] == DATASETS
+    assert set(provenance["packages"]) == {"numpy", "scipy", "scikit-learn", "tensorflow", "keras"}
+    assert "unknown" not in provenance["packages"].values()
+
+
+def test_a_record_survives_the_file(tmp_path):
+    record = full_record()
+    path = record.save(tmp_path)
+    assert Record.load(path) == record
+    assert Record.load(path).save(tmp_path / "again").read_text().count("\n") == path.read_text().count("\n")
+
+
+def test_the_default_folder_is_that_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HELPERS_OUTPUT", raising=False)
+    assert start().save() == Path("_build/results") / CHAPTER / "quick.json"
+    monkeypatch.setenv("HELPERS_OUTPUT", str(tmp_path / "elsewhere"))
+    assert start().save() == tmp_path / "elsewhere/results" / CHAPTER / "quick.json"
+
+
+def test_a_value_spoiled_after_it_was_added_does_not_reach_the_file(tmp_path):
+    record = full_record()
+    old = record.save(tmp_path).read_text()
+    record.curves["accuracy"].series["mixed"][0][0] = math.nan
+    with pytest.raises(ValueError, match="finite"):
+        record.save(tmp_path)
+    assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == [old]
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda content: content.update(extra=1),
+    lambda content: content.pop("provenance"),
+    lambda content: content["claims"][0].update(verdict="confirmed"),
+    lambda content: content["claims"][0]["ours"].update(mean=math.nan),
+    lambda content: content["claims"][0]["ours"].update(mean="0.5"),
+    lambda content: content["claims"][0]["ours"].update(median=0.5),
+    lambda content: content["provenance"].update(user="somebody"),
+    lambda content: content["provenance"].update(seconds=math.inf),
+    lambda content: content.update(created="2026-01-01 10:00"),
+    lambda content: content["tables"]["networks"][0].update(eps=math.nan),
+    lambda content: content["curves"]["accuracy"]["x"].append(1.0),
+])
+def test_a_file_outside_the_schema_is_refused(tmp_path, spoil):
+    path = full_record().save(tmp_path)
+    content = json.loads(path.read_text())
+    spoil(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError):
+        Record.load(path)
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    path = full_record().save(tmp_path)
+    path.write_text(path.read_text()[:-40])
+    with pytest.raises(ValueError, match="JSON"):
+        Record.load(path)
+
+
+# ── paper and ours ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_comparison_shows_the_paper_beside_ours(own_claims):
+    record = start()
+    record.claim("02.number", [0.9851, 0.9852, 0.9853], note="fewer <images>")
+    record.claim("02.columns", {"fgsm": [0.5], "clean": [0.91234]})
+    record.claim("02.order", None, note="x" * 80)
+    record.claim("02.shown", {"nr": [0.4], "dnr": [0.5]}, direction=True)
+    frame = record.comparison()
+    assert list(frame.columns) == ["Claim", "What", "Paper", "Ours", "Verdict", "Note"]
+    assert frame.to_numpy().tolist() == [
+        ["02.number", "something", "0.9892", "0.9852 ± 0.0001 (n = 3)", "reproduced", "fewer <images>"],
+        ["02.columns", "something: clean", "0.9", "0.9123 (n = 1)", "reproduced", ""],
+        ["02.columns", "something: fgsm", "0.5", "0.5 (n = 1)", "reproduced", ""],
+        ["02.order", "something", "–", "–", "not-testable", "x" * 80],
+        ["02.shown", "something: nr", "–", "0.4 (n = 1)", "reproduced", ""],
+        ["02.shown", "something: dnr", "–", "0.5 (n = 1)", "reproduced", ""]]
+    assert "x" * 80 in record._repr_html_() and "&lt;images&gt;" in record._repr_html_()
+
+
+def test_a_claim_without_a_record_has_rows_too():
+    assert {row["Verdict"] for row in itertools.chain(*map(rows, claims().values()))} == {"no record yet"}
+    table = rows(claims()["05.table1.ct.pretrained"])
+    assert [row["Paper"] for row in table] == ["1", "0.8612", "1", "1"]
+    assert table[0]["What"] == "Table I, eps = 0.004: clean"
+    assert list(start().comparison().columns) == ["Claim", "What", "Paper", "Ours", "Verdict", "Note"]
+
+
+# ── where the numbers come from ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_hash_of_the_helpers_is_what_sha256sum_prints():
+    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
+             for path in sorted(Path(records.__file__).parent.glob("*.py"))]
+    assert start().provenance.helpers_sha256 == hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository with the layout of this one, whose package is the one that runs."""
+    for folder in ("src/helpers", "book", "notebooks"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "src/helpers/a.py").write_text("a = 1\n")
+    (tmp_path / "README.md").write_text("first\n")
+    shutil.copy(ROOT / "book/claims.yml", tmp_path / "book")
+    monkeypatch.setattr(records, "_PACKAGE", tmp_path / "src/helpers")
+    return tmp_path
+
+
+def git(folder, *arguments):
+    options = ("user.name=a", "user.email=a@b.c", "commit.gpgsign=false", "core.hooksPath=/dev/null")
+    command = ["git", *itertools.chain(*(("-c", option) for option in options)), *arguments]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_the_commit_and_whether_the_code_differs_from_it(checkout):
+    git(checkout, "init")
+    git(checkout, "add", ".")
+    git(checkout, "commit", "-m", "first")
+    provenance = start().provenance
+    assert (provenance.commit, provenance.dirty) == (git(checkout, "rev-parse", "HEAD"), False)
+    (checkout / "README.md").write_text("changed\n")  # decides no number
+    assert start().provenance.dirty is False
+    (checkout / "src/helpers/b.py").write_text("b = 1\n")
+    assert start().provenance.dirty is True
+
+
+def test_outside_a_repository_the_version_stands_in(checkout, monkeypatch):
+    expected = (f"v{helpers.__version__}", None)
+    assert records._revision() == expected  # a checkout's layout, but no repository
+    git(checkout, "init")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert records._revision() == expected  # no git
+    monkeypatch.undo()
+    (checkout / "book/claims.yml").unlink()
+    monkeypatch.setattr(records, "_PACKAGE", checkout / "src/helpers")
+    assert records._revision() == expected  # installed inside somebody else's repository
+
+
+def test_the_device_is_the_gpu_where_tensorflow_sees_one(monkeypatch):
+    config = SimpleNamespace(list_physical_devices=lambda kind: [SimpleNamespace(name="/gpu:0")],
+                             experimental=SimpleNamespace(get_device_details=lambda gpu: {"device_name": "Tesla T4"}))
+    monkeypatch.setitem(sys.modules, "tensorflow", SimpleNamespace(config=config))
+    assert start().provenance.device == "Tesla T4"
+    monkeypatch.delitem(sys.modules, "tensorflow")
+    assert start().provenance.device not in ("", "Tesla T4")
+
+
+def test_a_record_does_not_load_tensorflow():
+    code = f"import sys, helpers.records as r; r.Record.start({CHAPTER!r}, 'smoke', {{}}); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "helpers.records" in loaded and "tensorflow" not in loaded and "keras" not in loaded
+
+
+# ── the committed records ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_committed_verdicts_follow_from_their_values():
+    for path in sorted(ROOT.glob("book/results/*/*.json")):
+        found = Record.load(path)
+        assert (found.chapter, found.profile) == (path.parent.name, path.stem)
+        for outcome in found.claims:
+            check_verdict(found, outcome)
+
+
+def check_verdict(record, outcome):
+    ours = outcome.ours
+    values = {part: one.values for part, one in ours.items()} if isinstance(ours, dict) else ours and ours.values
+    possible = set()
+    for direction, tie in itertools.product((True, False), (True, False)):  # what the chapter said is not in the record
+        again = Record.start(record.chapter, record.profile, {})
+        possible.add(again.claim(outcome.id, values, outcome.note, direction, tie))
+        assert again.claims[0].ours == ours, f"{outcome.id}: mean, sd or n is not that of the values"
+    assert outcome.verdict in possible, outcome.id
+
+
+def test_a_typed_verdict_would_be_noticed(own_claims):
+    for profile in ("quick", "smoke"):
+        record = start(profile)
+        record.claim("02.number", [0.5])
+        record.claim("02.order", [0.5, 0.5])
+        for outcome in record.claims:
+            check_verdict(record, outcome)
+            wrong = "direction" if outcome.verdict == "reproduced" else "reproduced"
+            for change in ({"verdict": wrong}, {"ours": outcome.ours.model_copy(update={"mean": 0.9892})}):
+                with pytest.raises(AssertionError):
+                    check_verdict(record, outcome.model_copy(update=change))

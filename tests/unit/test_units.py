@@ -1,0 +1,442 @@
+"""Units: what a file keeps, what makes a unit run again, and runs that are killed."""
+
+import importlib
+import itertools
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import papermill
+import pytest
+
+from helpers import units
+
+
+def square(x, log, offset=0):
+    with open(log, "a") as file:
+        file.write(f"{x}\n")
+    return {"value": x * x + offset, "array": np.arange(x), "name": f"square of {x}"}
+
+
+def everything():
+    return {"float": 0.1 + 0.2, "int": 2**60, "bool": True, "text": "ε = 0.1", "none": None, "nan": math.nan,
+            "floats": [0.1, 1e-300, -0.0], "nested": {"a": [1, [True, "x"]]}, "empty list": [], "empty text": "",
+            "file": 1, "allow_pickle": 2, "index": 3, "array.x": np.ones(1), "": 4, "float32": np.float32(0.1),
+            "array": np.float32([[0.1, 0.2]]), "labels": np.arange(3), "mask": np.array([True]),
+            "words": np.array(["a", "bc"]), "empty": np.empty((0, 3)), "scalar": np.array(1.5), "int64": np.int64(3),
+            "float32s": [np.float32(0.5)], "bool_": np.bool_(False)}
+
+
+def nothing():
+    return {}
+
+
+def environment(number):
+    names = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    return {"number": number, "pid": os.getpid(), "threads": [os.environ.get(name) for name in names]}
+
+
+def fails(x):
+    raise RuntimeError(f"no result for {x}")
+
+
+def gives(kind):
+    return {"a": {"set": {1}, "objects": np.array([{}]), "module": units, "list": [object()]}[kind]}
+
+
+ARRAY = np.ones(2)
+
+
+def uses_an_array():
+    return {"a": ARRAY.sum()}
+
+
+def equal(one, other):
+    """Same keys in the same order, same types, same values."""
+    def exact(value):
+        return (value.dtype, value.shape, value.tobytes()) if isinstance(value, np.ndarray) else repr(value)
+
+    return [(key, type(value), exact(value)) for key, value in one.items()] == [
+        (key, type(value), exact(value)) for key, value in other.items()]
+
+
+def calls(log):
+    return sorted(map(int, log.read_text().split())) if log.exists() else []
+
+
+# ── what a file keeps ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_results_come_in_the_order_of_the_grid_and_are_run_once(tmp_path):
+    log = tmp_path / "log"
+    grid = [{"x": x, "log": str(log)} for x in (3, 1, 2, 3)]
+    found = units.run(square, iter(grid), folder=tmp_path, n_jobs=1)
+    assert [result["value"] for result in found] == [9, 1, 4, 9]
+    assert calls(log) == [1, 2, 3]
+    again = units.run(square, grid[::-1], folder=tmp_path, n_jobs=1)
+    assert all(map(equal, again, found[::-1]))
+    assert calls(log) == [1, 2, 3]
+    assert len(list((tmp_path / "square").iterdir())) == 3
+    assert units.run(square, [], folder=tmp_path) == []
+
+
+def test_each_type_comes_back_as_it_went_the_first_time_and_later(tmp_path):
+    expected = everything() | {"float32": float(np.float32(0.1)), "int64": 3, "float32s": [0.5], "bool_": False}
+    for _ in range(2):
+        [found] = units.run(everything, [{}], folder=tmp_path, n_jobs=1)
+        assert equal(found, expected)
+        assert units.run(nothing, [{}], folder=tmp_path, n_jobs=1) == [{}]
+    with np.load(next((tmp_path / "everything").iterdir()), allow_pickle=False) as members:
+        assert len(members.files) == 1 + sum(isinstance(value, np.ndarray) for value in expected.values())
+
+
+@pytest.mark.parametrize("kind", ["set", "objects", "module", "list"])
+def test_a_result_that_no_file_can_hold_is_refused(tmp_path, kind):
+    with pytest.raises(TypeError, match="result 'a': got .*, expected numbers, strings"):
+        units.run(gives, [{"kind": kind}], folder=tmp_path, n_jobs=1)
+    assert not list(tmp_path.rglob("*.npz"))
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_failing_unit_is_named_and_the_others_are_kept(tmp_path, jobs):
+    with pytest.raises(RuntimeError, match="no result for 1") as caught:
+        units.run(fails, [{"x": 1}, {"x": 1}], folder=tmp_path, n_jobs=jobs)
+    assert "in the unit fails({'x': 1})" in getattr(caught.value, "__notes__", [])
+    assert not list(tmp_path.rglob("*.npz"))
+
+
+def test_every_damaged_byte_is_noticed(tmp_path):
+    [expected] = units.run(square, [{"x": 3, "log": str(tmp_path / "log")}], folder=tmp_path, n_jobs=1)
+    path = next((tmp_path / "square").iterdir())
+    content, noticed = path.read_bytes(), 0
+    flipped = (content[:i] + bytes([byte ^ bit]) + content[i + 1:] for i, byte in enumerate(content) for bit in (1, 128))
+    for one in itertools.chain(flipped, (content[:i] for i in range(0, len(content), 7))):
+        path.write_bytes(one)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = units._load(path)
+        if found is None:
+            noticed += 1
+            assert str(path) in str(caught[0].message) and "corrupt" in str(caught[0].message)
+            assert not path.exists()
+        else:
+            assert equal(found, expected)  # a date or a flag that nobody reads
+    assert noticed > len(content)
+
+
+def test_a_corrupt_file_is_named_and_computed_again(tmp_path):
+    log = tmp_path / "log"
+    grid = [{"x": x, "log": str(log)} for x in (1, 2)]
+    expected = units.run(square, grid, folder=tmp_path, n_jobs=1)
+    spoilt = sorted((tmp_path / "square").iterdir())[0]
+    spoilt.write_bytes(spoilt.read_bytes()[:-30])
+    with pytest.warns(UserWarning, match=f"{spoilt} is corrupt .*: computed again"):
+        assert all(map(equal, units.run(square, grid, folder=tmp_path, n_jobs=1), expected))
+    assert len(calls(log)) == 3
+
+
+def test_no_pickle_is_loaded(tmp_path):
+    [expected] = units.run(nothing, [{}], folder=tmp_path, n_jobs=1)
+    path = next((tmp_path / "nothing").iterdir())
+    np.savez(path, index='{"a": null}', **{"array.a": np.array([{"a": 1}], dtype=object)})
+    with pytest.warns(UserWarning, match="corrupt .*allow_pickle=False"):
+        assert units.run(nothing, [{}], folder=tmp_path, n_jobs=1) == [expected]
+
+
+# ── what makes a unit run again ───────────────────────────────────────────────────────────────────────────────────────
+
+MODULE = '''
+"""A chapter's code."""
+import numpy as np
+from helpers.files import sha256
+
+STEPS = 10
+EPSILONS = [0.1, 0.2]
+
+def helper(x):
+    """Double it."""
+    return 2 * x  # twice
+
+def unit(x, eps=0.1):
+    """Return a number."""
+    # a comment
+    values = [helper(x) * STEPS for _ in EPSILONS]
+    return {"value": float(np.sum(values)) + eps}
+
+def even(n):
+    return n == 0 or odd(n - 1)
+
+def odd(n):
+    return n != 0 and even(n - 1)
+
+class Layer:
+    def call(self, x):
+        return x + 1
+
+def recursive(n):
+    return {"even": even(n), "called": Layer().call(n)}
+
+def plot():
+    return "red"
+'''
+
+
+@pytest.fixture
+def chapter(tmp_path, monkeypatch):
+    """Write a module's text and return how many files the runs of `unit` and `recursive` have left so far."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    name = f"chapter_{time.monotonic_ns()}"
+    path = tmp_path / f"{name}.py"
+
+    def run(text, function="unit", folder="kept", **options):
+        path.write_text(text)
+        sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        module = importlib.import_module(name)
+        grid = options.pop("grid", [{"x": 1}] if function == "unit" else [{"n": 4}])
+        units.run(getattr(module, function), grid, folder=tmp_path / folder, n_jobs=1, **options)
+        return len(list((tmp_path / folder / function).iterdir()))
+
+    return run
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    ("# a comment", "# another comment, longer"), ('"""Return a number."""', '"""Return\n    a sum."""'),
+    ("  # twice", ""), ('    """Return a number."""\n', ""), ('"""Double it."""', "'''Twice.'''"),
+    ('    """Double it."""\n', ""),
+    ("2 * x", "(2  *  x)"), ("STEPS = 10", "STEPS = 5 + 5"), ('"red"', '"blue"'), ("\ndef unit", "\n\n\ndef unit"),
+    ('return "red"', 'return STEPS'),
+])
+def test_what_changes_no_result_keeps_a_unit(chapter, old, new):
+    assert MODULE.count(old) == 1
+    assert chapter(MODULE) == 1
+    assert chapter(MODULE.replace(old, new)) == 1
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    ("+ eps", "- eps"), ("2 * x", "3 * x"), ("STEPS = 10", "STEPS = 11"), ("[0.1, 0.2]", "[0.1, 0.3]"),
+    ("eps=0.1", "eps=0.2"),
+])
+def test_what_may_change_a_result_runs_a_unit_again(chapter, old, new):
+    assert MODULE.count(old) == 1
+    assert chapter(MODULE) == 1
+    assert chapter(MODULE.replace(old, new)) == 2
+
+
+@pytest.mark.parametrize(("old", "new", "files"), [("odd(n - 1)", "odd(n - 3)", 2), ("even(n - 1)", "even(n - 3)", 2),
+                                                   ("x + 1", "x + 2", 2), ("2 * x", "3 * x", 1)])
+def test_functions_that_call_each_other_and_methods_count(chapter, old, new, files):
+    assert chapter(MODULE, "recursive") == 1
+    assert chapter(MODULE.replace(old, new), "recursive") == files
+
+
+def test_arguments_data_and_versions_count(chapter, monkeypatch):
+    assert chapter(MODULE, grid=[{"x": 1}]) == 1
+    assert chapter(MODULE, grid=[{"x": 1, "eps": 0.1}]) == 1  # the default, written out
+    assert chapter(MODULE, grid=[{"eps": 0.1, "x": 1}]) == 1
+    assert chapter(MODULE, grid=[{"x": np.int64(1)}]) == 1
+    assert chapter(MODULE, grid=[{"x": 2}]) == 2
+    assert chapter(MODULE, grid=[{"x": 1}], data="another sha256") == 3
+    monkeypatch.setattr(units, "versions", lambda *names: dict.fromkeys(names, "9.9"))
+    assert chapter(MODULE, grid=[{"x": 1}]) == 4
+
+
+def test_the_helpers_that_compute_count(tmp_path, chapter, monkeypatch):
+    package = tmp_path / "helpers"
+    shutil.copytree(Path(units.__file__).parent, package)
+    monkeypatch.setattr(units, "__file__", str(package / "units.py"))
+    assert chapter(MODULE) == 1
+    text = (package / "attacks.py").read_text()
+    (package / "attacks.py").write_text(text + "\n# a comment\n")
+    assert chapter(MODULE) == 1
+    (package / "figures.py").write_text((package / "figures.py").read_text() + "\nred = 1\n")
+    assert chapter(MODULE) == 1
+    (package / "attacks.py").write_text(text + "\nsteps = 1\n")
+    assert chapter(MODULE) == 2
+    (package / "adaptive.py").write_text("steps = 1\n")  # a chapter to come brings its modules along
+    assert chapter(MODULE) == 3
+
+
+def test_the_key_is_the_same_in_another_process(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(MODULE + "\nfrom helpers import units\nunits.run(unit, [{'x': 1}], folder='kept', n_jobs=1)\n")
+    for seed in "123":
+        subprocess.run([sys.executable, script], cwd=tmp_path, check=True, env=os.environ | {"PYTHONHASHSEED": seed})
+    assert len(list((tmp_path / "kept/unit").iterdir())) == 1
+
+
+@pytest.mark.parametrize(("function", "kwargs", "message"), [
+    (square, {"x": 1}, "missing a required argument: 'log'"),
+    (square, {"x": 1, "log": "", "y": 2}, "unexpected keyword argument 'y'"),
+    (square, {"x": np.ones(3), "log": ""}, "argument 'x': got array.*, expected numbers"),
+    (square, {"x": 1, "log": Path("log")}, "argument 'log': got .*Path"),
+    (lambda x: {}, {"x": 1}, "function: got .*<lambda>"),
+    (np.sin, {"x": 1}, "function: got <ufunc 'sin'>"),
+    (uses_an_array, {}, r"global variable 'ARRAY' of uses_an_array: got array"),
+])
+def test_what_cannot_be_a_unit_is_refused_before_it_runs(tmp_path, function, kwargs, message):
+    with pytest.raises(TypeError, match=message):
+        units.run(function, [kwargs], folder=tmp_path, n_jobs=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_closure_is_refused(tmp_path):
+    captured = 3
+
+    def unit():
+        return {"a": captured}
+
+    with pytest.raises(TypeError, match="without a closure"):
+        units.run(unit, [{}], folder=tmp_path)
+
+
+@pytest.mark.parametrize("jobs", [0, -1])
+def test_the_number_of_processes_is_checked(tmp_path, jobs):
+    with pytest.raises(ValueError, match=f"n_jobs: got {jobs}, expected None or at least 1"):
+        units.run(nothing, [{}], folder=tmp_path, n_jobs=jobs)
+
+
+# ── processes ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_processes_have_one_thread_each_and_give_the_same(tmp_path):
+    grid = [{"number": number} for number in range(4)]
+    found = units.run(environment, grid, folder=tmp_path, n_jobs=2)
+    assert [result["number"] for result in found] == [0, 1, 2, 3]
+    assert all(result["threads"] == ["1"] * 4 and result["pid"] != os.getpid() for result in found)
+    assert "TF_NUM_INTRAOP_THREADS" not in os.environ
+    log = str(tmp_path / "log")
+    one, two = (units.run(square, [{"x": x, "log": log} for x in range(4)], folder=tmp_path / str(jobs), n_jobs=jobs)
+                for jobs in (1, 2))
+    assert all(map(equal, one, two))
+
+
+def test_the_last_unit_of_a_resumed_run_runs_like_the_others(tmp_path):
+    units.run(environment, [{"number": 0}, {"number": 1}], folder=tmp_path, n_jobs=2)
+    [*_, last] = units.run(environment, [{"number": 0}, {"number": 1}, {"number": 2}], folder=tmp_path, n_jobs=2)
+    assert last["threads"] == ["1"] * 4
+
+
+@pytest.mark.parametrize(("gpu", "elsewhere"), [(None, True), ("/usr/bin/nvidia-smi", False)])
+def test_units_share_a_gpu_one_after_the_other(tmp_path, monkeypatch, gpu, elsewhere):
+    monkeypatch.setattr(shutil, "which", lambda name: gpu)
+    monkeypatch.setattr(units, "cpu_count", lambda: 2)
+    found = units.run(environment, [{"number": 0}, {"number": 1}], folder=tmp_path)
+    assert all((result["pid"] != os.getpid()) == elsewhere for result in found)
+
+
+def test_progress_is_one_line(tmp_path, capsys):
+    grid = [{"x": x, "log": str(tmp_path / "log")} for x in range(3)]
+    units.run(square, grid, folder=tmp_path, n_jobs=1, label="Seeds")
+    output = capsys.readouterr()
+    assert output.err == "" and output.out.strip().count("\n") == 0
+    assert output.out.rsplit("\r", 1)[-1].startswith("Seeds: 100%") and "3/3" in output.out
+
+
+@pytest.mark.slow
+def test_functions_of_a_notebook_run_in_processes_and_follow_edits(tmp_path):
+    cells = [MODULE.replace('return {"value"', 'return {"pid": __import__("os").getpid(), "value"'),
+             "import os\nfrom helpers import units\ngrid = [{'x': 1}, {'x': 2}]\n"
+             "def count(): return len(os.listdir('kept/unit'))",
+             "first = units.run(unit, grid, folder='kept', n_jobs=2)\n"
+             "assert [r['value'] for r in first] == [40.1, 80.1] and os.getpid() not in [r['pid'] for r in first]",
+             "assert units.run(unit, grid, folder='kept', n_jobs=2) == first and count() == 2",
+             "def helper(x):\n    return 2 * x",
+             "units.run(unit, grid, folder='kept', n_jobs=2)\nassert count() == 2",
+             "def helper(x):\n    return 3 * x",
+             "assert units.run(unit, grid, folder='kept', n_jobs=2)[0]['value'] == 60.1 and count() == 4",
+             "STEPS = 1",
+             "assert units.run(unit, grid, folder='kept', n_jobs=2)[0]['value'] == 6.1 and count() == 6",
+             "class Layer:\n    def call(self, x):\n        return x + 2",
+             "grid = [{'n': 2}, {'n': 3}]\n"
+             "assert units.run(recursive, grid, folder='kept', n_jobs=2)[0] == {'even': True, 'called': 4}",
+             "class Layer:\n    def call(self, x):\n        return x + 5",
+             "assert units.run(recursive, grid, folder='kept', n_jobs=2)[0] == {'even': True, 'called': 7}"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbformat.write(notebook, tmp_path / "notebook.ipynb")
+    done = papermill.execute_notebook(tmp_path / "notebook.ipynb", tmp_path / "done.ipynb", kernel_name="python3",
+                                      cwd=str(tmp_path), progress_bar=False, coalesce_streams=True)
+    bars = [output["text"] for output in done.cells[2].outputs]
+    assert len(bars) == 1 and bars[0].strip().count("\n") == 0 and bars[0].startswith("unit: 100%"), bars
+
+
+# ── runs that are killed ──────────────────────────────────────────────────────────────────────────────────────────────
+
+KILLED = """
+import os, signal, sys, time
+import numpy as np
+from helpers import units
+
+def unit(seed):
+    with open("log", "a") as file:
+        file.write(f"{seed}\\n")
+    time.sleep(0.15)
+    return {"values": np.random.default_rng(seed).normal(size=2000), "mean": seed / 3}
+
+if __name__ == "__main__":
+    save = np.savez
+    def half(path, **members):
+        save(path, **members)
+        if len(os.listdir("kept/unit")) > 2:
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+    if sys.argv[2:]:
+        np.savez = half
+    found = units.run(unit, [{"seed": seed} for seed in range(6)], folder="kept", n_jobs=int(sys.argv[1]))
+    np.save("found.npy", np.stack([np.append(result["values"], result["mean"]) for result in found]))
+"""
+
+
+def start(folder, *arguments):
+    folder.mkdir(exist_ok=True)
+    (folder / "script.py").write_text(KILLED)
+    return subprocess.Popen([sys.executable, "script.py", *arguments], cwd=folder, start_new_session=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def whole_units(folder):
+    return [path for path in folder.glob("kept/unit/*.npz") if not path.name.startswith(".")]
+
+
+def check_that_it_goes_on(folder, jobs):
+    before = {path: path.stat().st_mtime_ns for path in whole_units(folder)}
+    assert 0 < len(before) < 6
+    assert all(units._load(path) for path in before), "a killed run left a damaged unit"
+    log = calls(folder / "log")
+    assert start(folder, jobs).wait(60) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "a whole unit was computed again"
+    assert len(whole_units(folder)) == 6
+    assert len(calls(folder / "log")) - len(log) == 6 - len(before)
+    reference = folder.with_name(f"{folder.name}_reference")
+    assert start(reference, jobs).wait(60) == 0
+    assert (folder / "found.npy").read_bytes() == (reference / "found.npy").read_bytes()
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_run_killed_in_a_unit_goes_on(tmp_path, jobs):
+    process = start(tmp_path / "run", jobs)
+    while len(whole_units(tmp_path / "run")) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait(10) == -signal.SIGKILL
+    process.stderr.close()
+    assert not (tmp_path / "run/found.npy").exists()
+    check_that_it_goes_on(tmp_path / "run", jobs)
+
+
+def test_a_run_killed_in_the_middle_of_a_write_goes_on(tmp_path):
+    process = start(tmp_path / "run", "1", "half")
+    assert process.wait(60) == -signal.SIGKILL, process.stderr.read()
+    process.stderr.close()
+    assert len(whole_units(tmp_path / "run")) == 2
+    assert len(list((tmp_path / "run/kept/unit").iterdir())) == 3, "the half-written file keeps its temporary name"
+    check_that_it_goes_on(tmp_path / "run", "1")
