@@ -24,14 +24,14 @@ from helpers import files
 _SOURCES = yaml.safe_load(Path(__file__).with_name("sources.yml").read_text(encoding="utf-8"))
 _PARTS = ("x_train", "y_train", "x_test", "y_test")
 NAMES = tuple(_SOURCES)
+pooch.get_logger().setLevel("WARNING")  # its messages would leave the reader's own paths in saved notebooks
 
 
 @dataclass(frozen=True, repr=False)
 class Dataset:
     """Images and labels of one data set, ready for a network, with where they came from.
 
-    x_train, x_test : float32, (n, height, width, channels), in [0, 1]; `x_train` is empty in a set for testing only.
-    y_train, y_test : int64, (n,), indices into `class_names`.
+    x_*, y_* : float32 (n, height, width, channels) in [0, 1], int64 (n,) indices into `class_names`; n may be 0.
     source, sha256 : "embedded", "mirror", "cache" or "download"; of the mirror's file, or else of the arrays' bytes.
     extra : what else the source tells; arrays whose key ends in `_train` or `_test` hold one entry an image.
     """

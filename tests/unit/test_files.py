@@ -27,7 +27,9 @@ def test_the_name_appears_only_when_the_block_has_ended(tmp_path):
         assert not target.exists()
         assert temporary.parent == target.parent
         assert temporary.suffix == ".npz"  # numpy would append it to another name
+        inode = temporary.stat().st_ino
     assert target.read_bytes() == b"whole"
+    assert target.stat().st_ino == inode  # renamed, not copied
     assert os.listdir(target.parent) == ["result.npz"]
 
 
