@@ -12,7 +12,7 @@ import numpy as np
 import scipy.optimize
 import tensorflow as tf
 
-from helpers.models import check_logits, inference
+from helpers.models import check_logits, compiled, inference
 from helpers.threat import ThreatModel, check_images, check_labels, project
 
 
@@ -38,7 +38,8 @@ def _loop(model, shape, norm, bounds, loss, targeted, keep_best):
     labels, count = tf.TensorSpec((None,), tf.int64), tf.TensorSpec((), tf.int32)
     objective, sign = LOSSES.get(loss, loss), -1.0 if targeted else 1.0
 
-    logits_of = inference(model)
+    def logits_of(x):
+        return tf.cast(inference(model)(x), tf.float32)
 
     def better(x_adv, logits, y, best, best_score):
         score = sign * margin(logits, y)
@@ -52,7 +53,7 @@ def _loop(model, shape, norm, bounds, loss, targeted, keep_best):
                 tape.watch(x_adv)
                 logits = logits_of(x_adv)
                 value = sign * objective(logits, y)
-            gradient = tape.gradient(value, x_adv)
+            gradient = tape.gradient(value, x_adv, unconnected_gradients="zero")
             if keep_best:
                 best, best_score = better(x_adv, logits, y, best, best_score)
             x_adv = project(x_adv + step_size * _direction(gradient, norm), x, norm, eps, bounds)
@@ -67,8 +68,10 @@ def _direction(gradient, norm):
     """Steepest ascent of unit length in the norm: the sign for linf, the normalised gradient for l2."""
     if norm == "linf":
         return tf.sign(gradient)
+    # The squares of a confident network's gradient underflow in float32: scale by the largest entry first.
+    gradient /= tf.maximum(tf.reduce_max(tf.abs(gradient), axis=(1, 2, 3), keepdims=True), 1e-38)
     length = tf.sqrt(tf.reduce_sum(gradient**2, axis=(1, 2, 3), keepdims=True))
-    return gradient / tf.maximum(length, 1e-20)
+    return gradient / tf.maximum(length, 1e-12)
 
 
 def _checked(model, x, y, threat, **positive):
@@ -78,7 +81,7 @@ def _checked(model, x, y, threat, **positive):
         if value is not None and not value > 0:
             raise ValueError(f"{name} is {value}; expected a number > 0")
     y = np.asarray(y)
-    check_labels(y, len(x), check_logits(model, x).shape[1] if len(x) else 1)
+    check_labels(y, len(x), check_logits(model, x).shape[1])
     return y.astype("int64")
 
 
@@ -95,6 +98,12 @@ def _ascend(model, x, y, start, threat, *, steps, step_size, loss, targeted, kee
         if compact:  # images already beaten leave; the others fill whole batches again
             active = active[score[active] <= 0]
     return (best, score) if keep_best else (current, score)
+
+
+def _margins(model, x, y, batch_size):
+    graph, parts = compiled(model), range(0, len(x), batch_size)
+    logits = np.concatenate([graph(tf.constant(x[i : i + batch_size])) for i in parts])
+    return margin(tf.constant(logits, tf.float32), y).numpy()
 
 
 def fgsm(model, x, y, eps, *, targeted=False, bounds=(0.0, 1.0), batch_size=500):
@@ -132,10 +141,17 @@ def pgd(
         margins of the beaten ones are then not driven further.
     """
     y = _checked(model, x, y, threat, steps=steps, step_size=step_size, restarts=restarts, batch_size=batch_size)
-    best, score = x.copy(), np.full(len(x), -np.inf, "float32")
+    if not losses or isinstance(losses, str) or any(not callable(name) and name not in LOSSES for name in losses):
+        raise ValueError(f"losses is {losses!r}; expected a tuple of functions or of {tuple(LOSSES)}")
+    if start is not None:
+        check_images(start, "start", threat.bounds)
+    best, score = x.copy(), (-1 if targeted else 1) * _margins(model, x, y, batch_size)
     for restart in range(restarts):
-        first = threat.random_start(x, (seed, restart)) if start is None or restart else threat.project(start, x).numpy()
+        warm = start is not None and restart == 0
+        first = threat.project(start, x).numpy() if warm else threat.random_start(x, (seed, restart))
         active = np.flatnonzero(score <= 0) if compact else np.arange(len(x))
+        if not active.size:
+            break
         images, scores = _ascend(
             model, x[active], y[active], first[active], threat, steps=steps,
             step_size=step_size or 2.5 * threat.eps / steps, loss=losses[restart % len(losses)],
@@ -155,9 +171,11 @@ def square(model, x, y, eps, *, queries=500, batch_size=500, seed=0):
     threat = ThreatModel("linf", eps)
     y, rng = _checked(model, x, y, threat, queries=queries, batch_size=batch_size), np.random.default_rng(seed)
     n, h, w, c = x.shape
-    score_of = tf.function(lambda a, b: margin(inference(model)(a), b), reduce_retracing=True)
-    best = np.clip(x + eps * rng.choice([-1.0, 1.0], (n, 1, w, c)), 0, 1).astype("float32")  # vertical stripes
-    score = np.concatenate([score_of(best[i : i + batch_size], y[i : i + batch_size]) for i in range(0, n, batch_size)])
+    best, score = x.copy(), _margins(model, x, y, batch_size)
+    stripes = np.clip(x + eps * rng.choice([-1.0, 1.0], (n, 1, w, c)), 0, 1).astype("float32")
+    stripes_score = _margins(model, stripes, y, batch_size)
+    won = stripes_score > score
+    best[won], score[won] = stripes[won], stripes_score[won]
     for query in range(1, queries):
         active = np.flatnonzero(score <= 0)
         if not active.size:
@@ -170,7 +188,7 @@ def square(model, x, y, eps, *, queries=500, batch_size=500, seed=0):
             inside = inside & (np.abs(np.arange(w) - column[:, None] - (side - 1) / 2) < side / 2)[:, None, :, None]
             signs = rng.choice([-1.0, 1.0], (len(b), 1, 1, c))
             trial = np.where(inside, np.clip(x[b] + eps * signs, 0, 1), best[b]).astype("float32")
-            trial_score = score_of(trial, y[b]).numpy()
+            trial_score = _margins(model, trial, y[b], batch_size)
             won = trial_score > score[b]
             best[b[won]], score[b[won]] = trial[won], trial_score[won]
     return best
@@ -191,7 +209,7 @@ def lbfgs(model, x, target, *, searches=8, max_iterations=50, weights=(1e-3, 1e3
         with tf.GradientTape() as tape:
             tape.watch(image)
             value = weight * tf.reduce_sum((image - original) ** 2) + cross_entropy(logits_of(image), label)[0]
-        return value, tape.gradient(value, image)
+        return value, tape.gradient(value, image, unconnected_gradients="zero")
 
     def minimise(original, label, weight):
         def objective(flat):

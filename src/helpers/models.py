@@ -1,11 +1,18 @@
 """The papers' networks. Every one ends in logits: a softmax inside the network would spoil the attacks' gradients."""
 
+import hashlib
 import json
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import layers
+
+from helpers import files
+
+tf.get_logger().setLevel("ERROR")  # every network has graphs of its own, which TensorFlow reports as retracing
 
 
 def two_conv(input_shape=(28, 28, 1), classes=10, *, strided=True, batch_norm=True, dropout=0.5, seed=0):
@@ -19,13 +26,15 @@ def two_conv(input_shape=(28, 28, 1), classes=10, *, strided=True, batch_norm=Tr
     keras.Sequential from images (n, *input_shape) in [0, 1] to logits (n, classes). Sets Keras' random seed.
     """
     keras.utils.set_random_seed(seed)
+    # Keras' momentum of 0.99 needs hundreds of steps to forget its start: more than a small profile has.
+    norm = partial(layers.BatchNormalization, momentum=0.9)
     stack = [layers.Input(input_shape)]
     for filters in (32, 64):
         stack.append(layers.Conv2D(filters, 3, 2 if strided else 1, padding="same", activation="relu"))
-        stack += [layers.BatchNormalization()] if batch_norm else []
+        stack += [norm()] if batch_norm else []
         stack += [] if strided else [layers.MaxPooling2D()]
     stack += [layers.Flatten(), layers.Dense(128, activation="relu")]
-    stack += [layers.BatchNormalization()] if batch_norm else []
+    stack += [norm()] if batch_norm else []
     return keras.Sequential([*stack, layers.Dropout(dropout), layers.Dense(classes)])
 
 
@@ -49,7 +58,9 @@ def deep_conv(input_shape=(28, 28, 1), classes=10, *, dropout=0.5, seed=0):
 
 
 def as_float64(model):
-    """A copy of `model` that computes in float64, for checks of gradients by finite differences."""
+    """A copy of the Keras network `model` that computes in float64, for checks by finite differences."""
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"model is {type(model).__name__}; expected a Keras network, which can be copied in float64")
     config = json.loads(json.dumps(model.get_config()).replace('"float32"', '"float64"'))
     copy = type(model).from_config(config)
     copy.set_weights(model.get_weights())
@@ -57,8 +68,51 @@ def as_float64(model):
 
 
 def inference(model):
-    """Function from images to logits in test mode: dropout off, batch statistics frozen; any callable passes as it is."""
+    """`model` in test mode: dropout off, batch statistics frozen. A plain function is returned as it is."""
     return partial(model, training=False) if isinstance(model, keras.Model) else model
+
+
+@lru_cache(maxsize=32)
+def compiled(model):
+    """`inference(model)` as a TensorFlow graph, kept for the next call with the same network."""
+    return tf.function(inference(model), reduce_retracing=True)
+
+
+def save(model, folder):
+    """Keep `model` in `folder` as <SHA-256 of its layers' types and weights>.keras and return that file name."""
+    digest = _digest(model)
+    path = Path(folder) / f"{digest}.keras"
+    if not path.exists():
+        with files.atomic(path) as temporary:
+            model.save(temporary)
+    return path.name
+
+
+def load(path):
+    """The network of a file that `save` wrote, compared with the SHA-256 in its name.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If the file is not there, or is damaged; both name it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no network {path}; remove the folder 'units' beside its folder and run again")
+    try:
+        model = keras.saving.load_model(path, compile=False, safe_mode=True)
+    except Exception as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it and the folder 'units', and run again") from error
+    if _digest(model) != path.stem:
+        raise ValueError(f"{path} is damaged: its weights are not those of its name")
+    return model
+
+
+def _digest(model):
+    content = hashlib.sha256(" ".join(type(layer).__name__ for layer in model.layers).encode())
+    for weights in model.get_weights():
+        content.update(weights.tobytes())
+    return content.hexdigest()
 
 
 def check_logits(model, x):
@@ -69,7 +123,7 @@ def check_logits(model, x):
     ValueError
         If the outputs are not of shape (m, classes), or every row is non-negative and sums to 1 (a softmax).
     """
-    logits = np.asarray(inference(model)(x[:8]))
+    logits = compiled(model)(tf.constant(x[:8])).numpy()
     if logits.ndim != 2:
         raise ValueError(f"model gives shape {logits.shape}; expected logits of shape (n, classes)")
     if (logits >= 0).all() and np.allclose(logits.sum(axis=1), 1, atol=1e-3):

@@ -32,7 +32,8 @@ class ThreatModel:
             raise ValueError(f"norm is {self.norm!r}; expected one of {NORMS}")
         if not (np.isfinite(self.eps) and self.eps >= 0):
             raise ValueError(f"eps is {self.eps}; expected a finite number >= 0, in [0, 1] pixel units")
-        low, high = self.bounds
+        low, high = (float(bound) for bound in self.bounds)
+        object.__setattr__(self, "bounds", (low, high))  # a tuple, so that compiled graphs can be kept by it
         if not low < high:
             raise ValueError(f"bounds are {self.bounds}; expected (low, high) with low < high")
         if self.norm == "linf" and self.eps > high - low:
@@ -49,7 +50,7 @@ class ThreatModel:
             delta = rng.uniform(-self.eps, self.eps, x.shape)
         else:  # a direction from the normal distribution, a radius with density r^(d-1)
             delta = rng.standard_normal(x.shape)
-            dimension = delta[0].size
+            dimension = np.prod(x.shape[1:])
             radius = self.eps * rng.uniform(size=len(x)) ** (1 / dimension)
             delta *= (radius / np.linalg.norm(delta.reshape(len(x), -1), axis=1)).reshape(-1, 1, 1, 1)
         return np.clip(x + delta, *self.bounds).astype("float32")
@@ -75,13 +76,15 @@ def project(x_adv, x, norm, eps, bounds):
 
 
 def check_images(x, name="x", bounds=(0.0, 1.0)):
-    """Raise unless `x` is a finite float32 array (n, h, w, c) within `bounds`."""
+    """Raise unless `x` is a finite float32 array (n, h, w, c), n >= 1, within `bounds`."""
     if not isinstance(x, np.ndarray) or x.dtype != np.float32 or x.ndim != 4:
         came = f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else type(x).__name__
         raise TypeError(f"{name} is {came}; expected a float32 NumPy array of shape (n, height, width, channels)")
+    if not len(x):
+        raise ValueError(f"{name} is empty; expected at least one image")
     if not np.isfinite(x).all():
         raise ValueError(f"{name} holds NaN or infinite pixels; expected finite values")
-    if x.size and (x.min() < bounds[0] or x.max() > bounds[1]):
+    if x.min() < bounds[0] or x.max() > bounds[1]:
         raise ValueError(f"{name} lies in [{x.min():.4g}, {x.max():.4g}]; expected pixels in {list(bounds)}")
 
 
@@ -90,5 +93,5 @@ def check_labels(y, n, classes, name="y"):
     y = np.asarray(y)
     if y.shape != (n,) or not np.issubdtype(y.dtype, np.integer):
         raise TypeError(f"{name} is {y.dtype} {y.shape}; expected {n} integer labels, shape ({n},)")
-    if y.size and (y.min() < 0 or y.max() >= classes):
+    if y.min() < 0 or y.max() >= classes:
         raise ValueError(f"{name} lies in {y.min()}...{y.max()}; expected labels in 0...{classes - 1}")

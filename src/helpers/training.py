@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 import tensorflow as tf
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from helpers.attacks import cross_entropy
 from helpers.evaluation import score
@@ -33,8 +33,10 @@ class Adversary:
 
     def __post_init__(self):
         ThreatModel("linf", self.eps)  # validates eps
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}; expected at least 1")
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; expected an integer of at least 1")
+        if self.step_size is not None and not self.step_size > 0:
+            raise ValueError(f"step_size is {self.step_size}; expected a number > 0 or None")
 
     def craft(self, model, x, y, seed):
         """Adversarial images for one batch with the weights of this moment; tensors, for use in a graph."""
@@ -47,7 +49,7 @@ class Adversary:
             with tf.GradientTape() as tape:
                 tape.watch(x_adv)
                 loss = cross_entropy(model(x_adv, training=False), y)
-            step = step_size * tf.sign(tape.gradient(loss, x_adv))
+            step = step_size * tf.sign(tape.gradient(loss, x_adv, unconnected_gradients="zero"))
             x_adv = project(x_adv + step, x, "linf", self.eps, (0.0, 1.0))
         return tf.stop_gradient(x_adv)
 
