@@ -65,6 +65,8 @@ def _compute(function, kwargs, path, threads=None):
         os.environ.update(TF_NUM_INTRAOP_THREADS=str(threads), TF_NUM_INTEROP_THREADS=str(threads))
     try:
         result = function(**kwargs)
+        if not isinstance(result, dict):
+            raise TypeError(f"function: got {result!r:.80}, expected that {function.__name__} returns a dictionary")
     except Exception as error:
         error.add_note(f"in the unit {function.__name__}({kwargs})")
         raise
@@ -111,9 +113,9 @@ def _code(function):
     """Return the code that `function` runs, without comments, and the constants of its module that it uses."""
     if not inspect.isfunction(function) or not function.__name__.isidentifier() or function.__closure__:
         raise TypeError(f"function: got {function!r}, expected a plain function with a name and without a closure")
-    found = {path.stem: _bare(path.read_text(encoding="utf-8")) for path in Path(__file__).parent.glob("*.py")
-             if path.stem not in _NO_COMPUTE}
-    todo = {} if function.__module__.startswith("helpers.") else {function.__qualname__: function}
+    helpers = {path.stem: _bare(path.read_text(encoding="utf-8")) for path in Path(__file__).parent.glob("*.py")
+               if path.stem not in _NO_COMPUTE}
+    found, todo = {}, {} if function.__module__.startswith("helpers.") else {function.__qualname__: function}
     while todo:
         label, used = todo.popitem()
         found[label] = _bare(inspect.getsource(used))
@@ -122,10 +124,10 @@ def _code(function):
             if not hasattr(value, "__name__"):
                 found[name] = _json(f"global variable {name!r} of {function.__name__}", value)
             elif getattr(value, "__module__", None) == function.__module__:
-                parts = [value] if inspect.isfunction(value) else vars(value).values()
-                todo |= {part.__qualname__: part for part in parts
-                         if inspect.isfunction(part) and part.__qualname__ not in found}
-    return [function.__module__, function.__qualname__, sorted(found.items())]
+                parts = [value, *(member for _, member in inspect.getmembers(value, inspect.isfunction))]
+                todo |= {part.__qualname__: part for part in parts if inspect.isfunction(part)
+                         and part.__module__ == function.__module__ and part.__qualname__ not in found}
+    return [function.__module__, function.__qualname__, sorted(found.items()), sorted(helpers.items())]
 
 
 def _global_names(code):

@@ -35,6 +35,10 @@ def everything():
             "float32s": [np.float32(0.5)], "bool_": np.bool_(False)}
 
 
+def forgets_to_return():
+    everything()
+
+
 def nothing():
     return {}
 
@@ -105,6 +109,11 @@ def test_a_result_that_no_file_can_hold_is_refused(tmp_path, kind):
     assert not list(tmp_path.rglob("*.npz"))
 
 
+def test_a_unit_returns_a_dictionary(tmp_path):
+    with pytest.raises(TypeError, match="function: got None, expected that forgets_to_return returns a dictionary"):
+        units.run(forgets_to_return, [{}], folder=tmp_path, n_jobs=1)
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_failing_unit_is_named_and_the_others_are_kept(tmp_path, jobs):
     with pytest.raises(RuntimeError, match="no result for 1") as caught:
@@ -117,7 +126,8 @@ def test_every_damaged_byte_is_noticed(tmp_path):
     [expected] = units.run(square, [{"x": 3, "log": str(tmp_path / "log")}], folder=tmp_path, n_jobs=1)
     path = next((tmp_path / "square").iterdir())
     content, noticed = path.read_bytes(), 0
-    flipped = (content[:i] + bytes([byte ^ bit]) + content[i + 1:] for i, byte in enumerate(content) for bit in (1, 128))
+    flipped = (content[:at] + bytes([byte ^ bit]) + content[at + 1:]
+               for at, byte in enumerate(content) for bit in (1, 128))
     for one in itertools.chain(flipped, (content[:i] for i in range(0, len(content), 7))):
         path.write_bytes(one)
         with warnings.catch_warnings(record=True) as caught:
@@ -177,9 +187,12 @@ def even(n):
 def odd(n):
     return n != 0 and even(n - 1)
 
-class Layer:
+class Base:
     def call(self, x):
         return x + 1
+
+class Layer(Base):
+    pass
 
 def recursive(n):
     return {"even": even(n), "called": Layer().call(n)}
@@ -264,6 +277,10 @@ def test_the_helpers_that_compute_count(tmp_path, chapter, monkeypatch):
     assert chapter(MODULE) == 2
     (package / "adaptive.py").write_text("steps = 1\n")  # a chapter to come brings its modules along
     assert chapter(MODULE) == 3
+    module = MODULE.replace("STEPS", "attacks")  # a name that a module of the helpers has too
+    assert chapter(module) == 4
+    (package / "attacks.py").write_text(text)
+    assert chapter(module) == 5
 
 
 def test_the_key_is_the_same_in_another_process(tmp_path):
