@@ -69,7 +69,7 @@ def _direction(gradient, norm):
     if norm == "linf":
         return tf.sign(gradient)
     # The squares of a confident network's gradient underflow in float32: scale by the largest entry first.
-    gradient /= tf.maximum(tf.reduce_max(tf.abs(gradient), axis=(1, 2, 3), keepdims=True), 1e-38)
+    gradient /= tf.maximum(tf.reduce_max(tf.abs(gradient), axis=(1, 2, 3), keepdims=True), 1e-30)
     length = tf.sqrt(tf.reduce_sum(gradient**2, axis=(1, 2, 3), keepdims=True))
     return gradient / tf.maximum(length, 1e-12)
 
@@ -97,6 +97,8 @@ def _ascend(model, x, y, start, threat, *, steps, step_size, loss, targeted, kee
             current[b], best[b], score[b] = (t.numpy() for t in out)
         if compact:  # images already beaten leave; the others fill whole batches again
             active = active[score[active] <= 0]
+    if not np.isfinite(current).all():
+        raise FloatingPointError("the model's gradient is not finite on some images: no attack can follow it")
     return (best, score) if keep_best else (current, score)
 
 
@@ -145,6 +147,8 @@ def pgd(
         raise ValueError(f"losses is {losses!r}; expected a tuple of functions or of {tuple(LOSSES)}")
     if start is not None:
         check_images(start, "start", threat.bounds)
+        if start.shape != x.shape:
+            raise ValueError(f"start has shape {start.shape}; expected that of x, {x.shape}")
     best, score = x.copy(), (-1 if targeted else 1) * _margins(model, x, y, batch_size)
     for restart in range(restarts):
         warm = start is not None and restart == 0
@@ -180,7 +184,7 @@ def square(model, x, y, eps, *, queries=500, batch_size=500, seed=0):
         active = np.flatnonzero(score <= 0)
         if not active.size:
             break
-        side = max(1, round(np.sqrt(0.8 * 0.5 ** (8 * query / queries) * h * w)))
+        side = min(h, w, max(1, round(np.sqrt(0.8 * 0.5 ** (8 * query / queries) * h * w))))
         for i in range(0, len(active), batch_size):
             b = active[i : i + batch_size]
             row, column = rng.integers(0, h - side + 1, len(b)), rng.integers(0, w - side + 1, len(b))
@@ -198,8 +202,8 @@ def lbfgs(model, x, target, *, searches=8, max_iterations=50, weights=(1e-3, 1e3
     """Smallest targeted change found by box-constrained L-BFGS (Szegedy et al. 2014; paper 02, III.2.A).
 
     Minimises weight * ||r||_2^2 + J(x + r, target) for each image with SciPy's L-BFGS-B, the weight found by
-    bisection on a log scale between `weights`: the largest at which x + r is still classified as `target`.
-    Images that never reach the target come back unchanged.
+    bisection on a log scale between `weights`: the largest at which x + r is still classified as `target`. The
+    smallest r that reaches the target is kept; images that never reach it come back unchanged.
     """
     target = _checked(model, x, target, ThreatModel("linf", 0), searches=searches, max_iterations=max_iterations)
     logits_of = inference(model)
@@ -219,18 +223,18 @@ def lbfgs(model, x, target, *, searches=8, max_iterations=50, weights=(1e-3, 1e3
 
         found = scipy.optimize.minimize(
             objective, original.ravel().astype("float64"), jac=True, method="L-BFGS-B",
-            bounds=[(0, 1)] * original.size, options={"maxiter": max_iterations},
+            bounds=[(0, 1)] * original.size, options={"maxiter": max_iterations, "ftol": 1e-6},
         )  # fmt: skip
         return found.x.reshape(original.shape).astype("float32")
 
     best = x.copy()
     for i in range(len(x)):
-        low, high = np.log(weights)
+        (low, high), length = np.log(weights), np.inf
         for _ in range(searches):
             weight = np.exp((low + high) / 2)
             image = minimise(x[i : i + 1], target[i : i + 1], weight)
             reached = int(np.argmax(logits_of(image), axis=1)[0]) == target[i]
             low, high = (np.log(weight), high) if reached else (low, np.log(weight))
-            if reached:
-                best[i] = image[0]
+            if reached and (shortest := float(np.linalg.norm(image - x[i]))) < length:
+                best[i], length = image[0], shortest
     return best

@@ -40,7 +40,7 @@ class ThreatModel:
             raise ValueError(f"eps is {self.eps}, more than the pixel range {high - low}; is it in 0-255 units?")
 
     def project(self, x_adv, x):
-        """Nearest point of the set to each image of `x_adv` (n, h, w, c) around `x`; a TensorFlow tensor."""
+        """Pull `x_adv` (n, h, w, c) into the ball around `x` and clip it to the bounds; a TensorFlow tensor."""
         return project(x_adv, x, self.norm, self.eps, self.bounds)
 
     def random_start(self, x, seed):

@@ -84,6 +84,8 @@ def fit(
     rng, history = np.random.default_rng(seed), {}
     for number in tqdm(range(epochs), desc=label, disable=label is None, unit="epoch", leave=True):
         loss, accuracy = epoch(tf.constant(rng.permutation(len(x))), tf.constant([seed, number]))
+        if not np.isfinite(loss):
+            raise FloatingPointError(f"the loss is {float(loss)} in epoch {number + 1}; try a smaller learning_rate")
         record = {"loss": float(loss), "accuracy": float(accuracy)}
         if validation is not None:
             record |= {f"validation_{k}": v for k, v in score(model, *validation).items()}
