@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from helpers import __version__, files
 from helpers.profiles import PROFILES, known
-from helpers.units import versions
+from helpers.units import earlier_seconds, versions
 
 Verdict = Literal["reproduced", "direction", "not-reproduced", "not-testable"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -195,7 +195,8 @@ class Record(_Strict):
         if missing and self.profile == "paper":
             raise ValueError(f"claims: {self.chapter} lacks {', '.join(sorted(missing))}")
         self.provenance.device = _device()  # once more, now that TensorFlow is there to name a GPU
-        self.provenance.seconds = round((datetime.now(UTC) - datetime.fromisoformat(self.created)).total_seconds())
+        self.provenance.seconds = round(
+            (datetime.now(UTC) - datetime.fromisoformat(self.created)).total_seconds() + earlier_seconds(), 1)
         checked = self.model_validate(self.model_dump())  # lists may have been changed in place
         folder = Path(folder or os.environ.get("HELPERS_OUTPUT", "_build"))
         path = folder / "results" / self.chapter / f"{self.profile}.json"

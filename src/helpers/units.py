@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import time
 import warnings
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from helpers import files
 
+_EARLIER = {}  # path of a unit: seconds, shared among the cores, that an earlier run spent on it
 _NO_COMPUTE = {"__init__", "__main__", "book", "cli", "figures", "files", "profiles", "records", "units"}
 
 
@@ -28,7 +30,8 @@ def run(function, grid, *, folder, n_jobs=None, label="", data=None) -> list[dic
     """Return `function(**kwargs)` for each `kwargs` of `grid`, in order; what `folder` holds already is not run again.
 
     `function` is a plain function of plain JSON values, from a module or a notebook, and returns a dictionary of
-    numbers, strings, lists and arrays. Each result is kept in `folder/<function>/<key>.npz`. The key covers the
+    numbers, strings, lists and arrays; "seconds", what it took, is added. Each result is kept in
+    `folder/<function>/<key>.npz`. The key covers the
     arguments, the code (not its comments) of the function, of what it uses from its own module and of the helpers,
     the versions of NumPy, TensorFlow and Keras, and `data`, a plain value such as a data set's `sha256`.
     `n_jobs` processes of one thread each compute; None means one per core, or a single one where a GPU is.
@@ -40,6 +43,8 @@ def run(function, grid, *, folder, n_jobs=None, label="", data=None) -> list[dic
     base = [_code(function), versions("numpy", "tensorflow", "keras"), data]
     units = [(Path(folder) / function.__name__ / f"{_key(function, kwargs, base)}.npz", kwargs) for kwargs in grid]
     results = {path: _load(path) for path, _ in units}
+    for path, result in results.items():
+        _EARLIER.setdefault(path, result["seconds"] / jobs if result else 0.0)
     todo = [(function, kwargs, path) for path, kwargs in dict(units).items() if results[path] is None]
     with (parallel_config("loky", inner_max_num_threads=1), tqdm(
             total=len(results), initial=len(results) - len(todo), desc=label or function.__name__, unit="unit",
@@ -54,6 +59,11 @@ def run(function, grid, *, folder, n_jobs=None, label="", data=None) -> list[dic
     return [results[path] for path, _ in units]
 
 
+def earlier_seconds() -> float:
+    """Return how long the units took that this process found finished, shared among as many cores as it uses."""
+    return sum(_EARLIER.values())
+
+
 def versions(*packages: str) -> dict[str, str]:
     """Return the installed version of each package; TensorFlow may be there as tensorflow-cpu."""
     return {name: next((found.version for label in (name, f"{name}-cpu")
@@ -63,6 +73,7 @@ def versions(*packages: str) -> dict[str, str]:
 def _compute(function, kwargs, path, threads=None):
     if threads:  # read when TensorFlow first computes
         os.environ.update(TF_NUM_INTRAOP_THREADS=str(threads), TF_NUM_INTEROP_THREADS=str(threads))
+    started = time.perf_counter()
     try:
         result = function(**kwargs)
         if not isinstance(result, dict):
@@ -70,6 +81,7 @@ def _compute(function, kwargs, path, threads=None):
     except Exception as error:
         error.add_note(f"in the unit {function.__name__}({kwargs})")
         raise
+    result["seconds"] = time.perf_counter() - started
     arrays = {f"array.{name}": value for name, value in result.items()
               if isinstance(value, np.ndarray) and not value.dtype.hasobject}
     index = {name: None if f"array.{name}" in arrays else _json(f"result {name!r}", value)
