@@ -51,11 +51,11 @@ def security_curve(eps, series, ylabel="accuracy", trained_eps=None, ax=None):
 
 def learning_curves(histories):
     """Panels for accuracy and loss; `histories`: network -> metric -> (n_seeds, n_epochs)."""
-    axes = _axes(1, 2, 8, 4.6)[0]
+    axes = _axes(1, 2, 8, 5)[0]
     for ax, panel, ylabel in zip(axes, ("accuracy", "loss"), ("accuracy", "loss (nats)"), strict=True):
         ax.set(xlabel="epoch", ylabel=ylabel)
         _bands(ax, {f"{network}, {metric.replace('_', ' ')}": values for network, metrics in histories.items()
-                    for metric, values in metrics.items() if panel in metric})  # fmt: skip
+                    for metric, values in metrics.items() if panel in metric}, columns=1)  # fmt: skip
     return axes[0].figure
 
 
@@ -142,7 +142,7 @@ def _axes(n_rows, n_columns, width, height, **options):
     return fig.subplots(n_rows, n_columns, squeeze=False, subplot_kw={"facecolor": BACKGROUND, **options})
 
 
-def _bands(ax, series, x=None, markers=" "):
+def _bands(ax, series, x=None, markers=" ", columns=2):
     """Mean and range of each (n_seeds, n) array; known names have their colour, others take what is left."""
     names = dict.fromkeys(label.split(",")[0] for label in series)
     free = iter([colour for name, colour in COLOURS.items() if name not in names] * len(series))
@@ -155,7 +155,7 @@ def _bands(ax, series, x=None, markers=" "):
                 marker=markers[i % len(markers)])  # fmt: skip
         ax.fill_between(at, np.min(values, axis=0), np.max(values, axis=0), color=colour, alpha=0.2, linewidth=0)
     title = f"mean and range of {len(values)} seeds" if len(values) > 1 else "one seed"
-    ax.legend(title=title, ncols=2, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.5)
+    ax.legend(title=title, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.5)
 
 
 def _png(fig):
