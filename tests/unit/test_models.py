@@ -1,0 +1,145 @@
+"""The networks: their shapes and sizes, logits at the end, seeds, test mode, copies in float64 and on the disk."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+from helpers import models
+
+X = np.random.default_rng(0).uniform(0, 1, (5, 6, 6, 1)).astype("float32")
+NETWORKS = {
+    "strided": lambda **options: models.two_conv((6, 6, 1), 3, **options),
+    "pooled": lambda **options: models.two_conv((6, 6, 1), 3, strided=False, batch_norm=False, **options),
+    "deep": lambda **options: models.deep_conv((6, 6, 1), 3, **options),
+}
+networks = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
+
+
+def kinds(model):
+    return [type(layer).__name__ for layer in model.layers]
+
+
+def flat(model):
+    return np.concatenate([weights.ravel() for weights in model.get_weights()])
+
+
+@networks
+def test_a_network_ends_in_logits(network):
+    model = network()
+    assert model(X).shape == (5, 3)
+    assert isinstance(model.layers[-1], layers.Dense) and model.layers[-1].activation is keras.activations.linear
+
+
+def test_the_networks_have_the_published_size():
+    # weights and biases by hand: 3x3 filters, "same" padding, 28x28 -> 7x7 before the dense layers
+    two, deep = 320 + 18_496, 320 + 9_248 + 18_496 + 36_928
+    dense = 7 * 7 * 64 * 128 + 128 + 1_290
+    assert models.two_conv(batch_norm=False).count_params() == two + dense
+    assert models.two_conv(batch_norm=False, strided=False).count_params() == two + dense
+    assert models.two_conv().count_params() == two + dense + 4 * (32 + 64 + 128)
+    assert models.deep_conv().count_params() == deep + 7 * 7 * 64 * 200 + 200 + 200 * 200 + 200 + 2_010
+
+
+def test_the_options_change_the_layers():
+    assert kinds(models.two_conv()).count("BatchNormalization") == 3
+    assert "MaxPooling2D" not in kinds(models.two_conv())
+    assert kinds(models.two_conv(strided=False, batch_norm=False))[:4] == ["Conv2D", "MaxPooling2D"] * 2
+    assert models.two_conv(dropout=0.2).layers[-2].rate == 0.2
+    assert kinds(models.deep_conv()) == [*["Conv2D", "Conv2D", "MaxPooling2D"] * 2, "Flatten",
+                                         "Dense", "Dropout", "Dense", "Dropout", "Dense"]  # fmt: skip
+
+
+@networks
+def test_the_seed_decides_the_weights(network):
+    np.testing.assert_array_equal(flat(network(seed=3)), flat(network(seed=3)))
+    assert not np.array_equal(flat(network(seed=3)), flat(network(seed=4)))
+
+
+@networks
+def test_test_mode_turns_dropout_off_and_moves_no_statistics(network):
+    model = network()
+    before = flat(model)
+    logits = models.inference(model)
+    np.testing.assert_array_equal(logits(X), logits(X))
+    np.testing.assert_array_equal(flat(model), before)
+    assert not np.array_equal(model(X, training=True), model(X, training=True))
+
+
+def test_a_plain_function_is_its_own_test_mode():
+    assert models.inference(len) is len
+
+
+@networks
+def test_a_float64_copy_computes_the_same_more_exactly(network):
+    model = network(seed=1)
+    model(X, training=True)  # moves the batch statistics, which the copy must take over
+    copy, before = models.as_float64(model), flat(model)
+    exact = models.inference(copy)(X.astype("float64"))
+    assert exact.dtype == tf.float64
+    assert {weights.dtype.name for weights in copy.get_weights()} == {"float64"}
+    np.testing.assert_allclose(exact, models.inference(model)(X), atol=1e-6)
+    # The float64 copy resolves a change that float32 cannot see.
+    assert np.abs(models.inference(copy)(X.astype("float64") + 1e-12) - exact).max() > 0
+    np.testing.assert_array_equal(flat(model), before)
+    assert model.dtype == "float32"
+
+
+def test_a_float64_copy_needs_a_keras_network():
+    with pytest.raises(TypeError, match="expected a Keras network"):
+        models.as_float64(lambda x: x)
+
+
+@networks
+def test_the_compiled_network_agrees_with_the_plain_one(network):
+    model = network()
+    np.testing.assert_allclose(models.compiled(model)(X), models.inference(model)(X), atol=1e-6)
+    assert models.compiled(model) is models.compiled(model)
+    model.set_weights([weights + 0.1 for weights in model.get_weights()])  # the graph must see new weights
+    np.testing.assert_allclose(models.compiled(model)(X), models.inference(model)(X), atol=1e-5)
+
+
+@networks
+def test_logits_pass_and_probabilities_do_not(network):
+    model = network()
+    np.testing.assert_allclose(models.check_logits(model, X), models.inference(model)(X), atol=1e-6)
+    with pytest.raises(ValueError, match="drop its softmax"):
+        models.check_logits(keras.Sequential([model, layers.Softmax()]), X)
+    with pytest.raises(ValueError, match="drop its softmax"):  # all but one-hot, as after long training
+        models.check_logits(lambda x: tf.nn.softmax(1000 * model(x, training=False)), X)
+
+
+def test_outputs_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"expected logits of shape \(n, classes\)"):
+        models.check_logits(lambda x: x, X)
+    with pytest.raises(ValueError, match=r"expected logits of shape \(n, classes\)"):
+        models.check_logits(lambda x: tf.reduce_sum(x, axis=(1, 2, 3)), X)
+
+
+@networks
+def test_a_saved_network_comes_back(network, tmp_path):
+    model = network(seed=5)
+    model(X, training=True)
+    name = models.save(model, tmp_path)
+    assert models.save(model, tmp_path) == name
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    copy = models.load(tmp_path / name)
+    np.testing.assert_array_equal(flat(copy), flat(model))
+    np.testing.assert_array_equal(models.inference(copy)(X), models.inference(model)(X))
+
+
+def test_other_weights_have_another_file(tmp_path):
+    assert models.save(NETWORKS["deep"](seed=0), tmp_path) != models.save(NETWORKS["deep"](seed=1), tmp_path)
+
+
+def test_damaged_missing_and_swapped_files_are_named(tmp_path):
+    first, second = (tmp_path / models.save(NETWORKS["deep"](seed=seed), tmp_path) for seed in (0, 1))
+    with pytest.raises(FileNotFoundError, match="nothing.keras"):
+        models.load(tmp_path / "nothing.keras")
+    second.replace(first)
+    with pytest.raises(ValueError, match=f"{first.name} is damaged"):
+        models.load(first)
+    first.write_bytes(first.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"{first.name} is damaged"):
+        models.load(first)

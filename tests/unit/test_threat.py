@@ -1,0 +1,180 @@
+"""The threat model: projections, random starts and distances, and the checks of images and labels."""
+
+from dataclasses import FrozenInstanceError
+
+import hypothesis.extra.numpy as arrays
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+
+from helpers.threat import NORMS, ThreatModel, check_images, check_labels
+
+SHAPE = (3, 4, 4, 2)
+quickly = settings(max_examples=30, deadline=None, derandomize=True)
+norms = st.sampled_from(NORMS)
+radii = st.floats(0, 1, width=32)
+images = arrays.arrays("float32", SHAPE, elements=st.floats(0, 1, width=32))
+anything = arrays.arrays("float32", SHAPE, elements=st.floats(-3, 3, width=32))
+
+
+def grey(shape=SHAPE):
+    return np.full(shape, 0.5, "float32")
+
+
+@quickly
+@given(norms, radii, images, anything)
+def test_a_projection_is_within_the_ball_and_the_bounds(norm, eps, x, away):
+    threat = ThreatModel(norm, eps)
+    projected = threat.project(away, x).numpy()
+    assert projected.dtype == np.float32 and projected.shape == x.shape
+    assert threat.distance(projected, x).max() <= eps + 1e-6
+    assert projected.min() >= 0 and projected.max() <= 1
+
+
+@quickly
+@given(norms, radii, images, anything)
+def test_projecting_twice_changes_nothing(norm, eps, x, away):
+    threat = ThreatModel(norm, eps)
+    once = threat.project(away, x).numpy()
+    np.testing.assert_allclose(threat.project(once, x).numpy(), once, atol=1e-6)
+
+
+@quickly
+@given(norms, radii, images, anything)
+def test_a_projection_keeps_what_is_inside_already(norm, eps, x, away):
+    inside = ThreatModel(norm, eps / 2).project(away, x).numpy()
+    np.testing.assert_allclose(ThreatModel(norm, eps).project(inside, x).numpy(), inside, atol=1e-7)
+
+
+@quickly
+@given(radii, images, anything)
+def test_the_linf_projection_is_the_nearest_point(eps, x, away):
+    nearest = np.clip(away, np.maximum(x - np.float32(eps), 0), np.minimum(x + np.float32(eps), 1))
+    np.testing.assert_array_equal(ThreatModel("linf", eps).project(away, x).numpy(), nearest)
+
+
+def test_the_l2_projection_keeps_the_direction():
+    x, away = grey(), grey()
+    away[:, 0, 0, 0] += 3.0
+    away[:, 1, 1, 1] -= 4.0
+    delta = ThreatModel("l2", 0.4).project(away, x).numpy() - x
+    np.testing.assert_allclose(delta[:, 0, 0, 0], 0.24, atol=1e-6)
+    np.testing.assert_allclose(delta[:, 1, 1, 1], -0.32, atol=1e-6)
+    assert (delta != 0).sum() == 2 * len(x)
+
+
+@quickly
+@given(norms, radii, images, st.integers(0, 2**31))
+def test_a_random_start_is_allowed_and_repeats_with_its_seed(norm, eps, x, seed):
+    threat = ThreatModel(norm, eps)
+    start = threat.random_start(x, seed)
+    assert start.dtype == np.float32 and start.shape == x.shape
+    assert threat.distance(start, x).max() <= eps + 1e-6
+    assert start.min() >= 0 and start.max() <= 1
+    np.testing.assert_array_equal(start, threat.random_start(x, seed))
+    np.testing.assert_array_equal(ThreatModel(norm, 0).random_start(x, seed), x)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_another_seed_starts_elsewhere(norm):
+    threat = ThreatModel(norm, 0.3)
+    starts = [threat.random_start(grey(), seed) for seed in (0, 1, (0, 1), (1, 1))]
+    assert len({start.tobytes() for start in starts}) == 4
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_random_starts_fill_the_ball_evenly(norm):
+    x = grey((2000, 2, 2, 1))
+    delta = ThreatModel(norm, 0.2).random_start(x, 0) - x
+    if norm == "linf":
+        uniform = (delta.ravel() / 0.2 + 1) / 2
+    else:  # the share of the ball's volume within the radius
+        uniform = (np.linalg.norm(delta.reshape(len(x), -1), axis=1) / 0.2) ** 4
+    assert scipy.stats.kstest(uniform, "uniform").pvalue > 0.01
+    assert abs(delta.mean()) < 0.01
+
+
+def test_the_distance_is_that_of_the_norm():
+    x, moved = np.zeros((2, 2, 2, 1), "float32"), np.zeros((2, 2, 2, 1), "float32")
+    moved[0, 0, 0], moved[0, 1, 1], moved[1, 1, 0] = 0.3, -0.4, 0.25
+    np.testing.assert_allclose(ThreatModel("linf", 1).distance(moved, x), [0.4, 0.25], rtol=1e-6)
+    np.testing.assert_allclose(ThreatModel("l2", 1).distance(moved, x), [0.5, 0.25], rtol=1e-6)
+    assert ThreatModel("l2", 1).distance(moved, x).dtype == np.float64
+
+
+def test_other_bounds_hold():
+    threat, x = ThreatModel("linf", 1.5, (-1, 1)), np.full(SHAPE, -0.5, "float32")
+    assert threat.project(x - 9, x).numpy().min() == -1
+    assert threat.project(x + 9, x).numpy().max() == 1
+    start = threat.random_start(x, 0)
+    assert start.min() == -1 and start.max() <= 1
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("l1", 0.1), "norm is 'l1'"),
+    (("l2", -0.1), "eps is -0.1"),
+    (("linf", float("nan")), "eps is nan"),
+    (("l2", float("inf")), "eps is inf"),
+    (("linf", 8), "0-255 units"),
+    (("linf", 25.5), "0-255 units"),
+    (("linf", 0.1, (1, 0)), "bounds are"),
+    (("linf", 0.1, (0.5, 0.5)), "bounds are"),
+    (("linf", 0.1, (0, float("nan"))), "bounds are"),
+])  # fmt: skip
+def test_a_threat_model_refuses_bad_values(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ThreatModel(*arguments)
+
+
+def test_a_threat_model_is_a_value():
+    threat = ThreatModel("linf", 0.1, [0, 1])
+    assert threat == ThreatModel("linf", 0.1) and hash(threat) == hash(ThreatModel("linf", 0.1))
+    with pytest.raises(FrozenInstanceError):
+        threat.eps = 0.2
+
+
+def with_pixel(value):
+    x = grey()
+    x[1, 2, 3, 0] = value
+    return x
+
+
+@pytest.mark.parametrize(("x", "error", "message"), [
+    (grey().astype("float64"), TypeError, "photos is float64"),
+    ((255 * grey()).astype("uint8"), TypeError, "photos is uint8"),
+    (grey((4, 4, 2)), TypeError, r"shape \(n, height, width, channels\)"),
+    (grey().tolist(), TypeError, "photos is list"),
+    (grey((0, 4, 4, 2)), ValueError, "photos is empty"),
+    (255 * grey(), ValueError, r"\[127.5, 127.5\]; expected pixels in \[0.0, 1.0\]"),
+    (with_pixel(-0.01), ValueError, r"photos lies in \[-0.01, 0.5\]"),
+    (with_pixel(1.01), ValueError, r"photos lies in \[0.5, 1.01\]"),
+    (with_pixel(np.nan), ValueError, "photos holds NaN"),
+    (with_pixel(np.inf), ValueError, "photos holds NaN or infinite"),
+])  # fmt: skip
+def test_bad_images_are_named(x, error, message):
+    with pytest.raises(error, match=message):
+        check_images(x, "photos")
+
+
+@pytest.mark.parametrize(("y", "error", "message"), [
+    ([0, 1, 3], ValueError, "y lies in 0...3; expected labels in 0...2"),
+    ([0, -1, 2], ValueError, "y lies in -1...2"),
+    ([0.0, 1.0, 2.0], TypeError, "y is float64"),
+    ([True, False, True], TypeError, "y is bool"),
+    ([0, 1], TypeError, r"\(2,\); expected 3 integer labels"),
+    ([[0], [1], [2]], TypeError, r"\(3, 1\); expected 3"),
+    (np.eye(3, dtype=int), TypeError, r"\(3, 3\); expected 3"),
+])  # fmt: skip
+def test_bad_labels_are_named(y, error, message):
+    with pytest.raises(error, match=message):
+        check_labels(y, 3, 3)
+
+
+@quickly
+@given(images)
+def test_good_images_and_labels_pass(x):
+    check_images(x)
+    check_labels([0, 1, 2], 3, 3)
+    check_labels(np.array([2, 2, 0], "uint8"), 3, 3)
