@@ -1,0 +1,557 @@
+"""The attacks: inside the threat model, exact where an answer is known, repeatable, harmless to the network."""
+
+import hypothesis.extra.numpy as arrays
+import hypothesis.strategies as st
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from keras import layers
+
+from helpers import attacks
+from helpers.evaluation import correct, logits
+from helpers.threat import ThreatModel
+
+SHAPE = (4, 4, 1)
+N = 12
+quickly = settings(max_examples=12, deadline=None, derandomize=True)
+rng = np.random.default_rng(0)
+X = rng.uniform(0.3, 0.7, (N, *SHAPE)).astype("float32")  # interior: eps up to 0.3 meets no bound
+Y = rng.integers(0, 3, N)
+W = (rng.choice([-1, 1], 16) * rng.uniform(0.2, 1, 16)).astype("float32")
+MANY = rng.normal(0, 2, (16, 3)).astype("float32")
+
+
+def linear(w=W, bias=0.0):
+    """Two logits whose difference, the second minus the first, is w . x + bias."""
+    def model(x):
+        difference = tf.reshape(x, (-1, len(w))) @ tf.constant(w)[:, None] + bias
+        return tf.concat([-difference / 2, difference / 2], axis=1)
+    return model  # fmt: skip
+
+
+def three_classes(x):
+    return tf.reshape(x, (-1, 16)) @ tf.constant(MANY)
+
+
+def network(dropout=0.5):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([
+        layers.Input(SHAPE), layers.Conv2D(6, 3, activation="relu"), layers.BatchNormalization(), layers.Flatten(),
+        layers.Dropout(dropout), layers.Dense(3, kernel_initializer=keras.initializers.RandomNormal(stddev=1.0)),
+    ])  # fmt: skip
+    for _ in range(20):
+        model(rng_images(64), training=True)  # moves the batch statistics away from 0 and 1
+    return model
+
+
+def rng_images(n, seed=1):
+    return np.random.default_rng(seed).uniform(0, 1, (n, *SHAPE)).astype("float32")
+
+
+def margins(model, x, y):
+    return attacks.margin(logits(model, x), np.asarray(y)).numpy()
+
+
+NET = network()
+LINEAR = linear()
+ATTACKS = {  # model, x, y, eps, seed -> adversarial images
+    "fgsm": lambda m, x, y, eps, seed=0: attacks.fgsm(m, x, y, eps),
+    "bim": lambda m, x, y, eps, seed=0: attacks.bim(m, x, y, eps, steps=3),
+    "pgd-linf": lambda m, x, y, eps, seed=0: attacks.pgd(
+        m, x, y, ThreatModel("linf", eps), steps=3, restarts=2, losses=("cross-entropy", "margin"), seed=seed),
+    "pgd-l2": lambda m, x, y, eps, seed=0: attacks.pgd(m, x, y, ThreatModel("l2", eps), steps=3, seed=seed),
+    "pgd-compact": lambda m, x, y, eps, seed=0: attacks.pgd(
+        m, x, y, ThreatModel("l2", eps), steps=7, restarts=2, compact=True, batch_size=5, seed=seed),
+    "square": lambda m, x, y, eps, seed=0: attacks.square(m, x, y, eps, queries=8, seed=seed),
+}  # fmt: skip
+every_attack = pytest.mark.parametrize("name", ATTACKS)
+norm_of = {name: "l2" if name in ("pgd-l2", "pgd-compact") else "linf" for name in ATTACKS}
+
+
+# ── The losses ──
+
+
+def test_margin_and_cross_entropy_agree_with_numpy():
+    z = np.random.default_rng(0).normal(0, 4, (40, 5)).astype("float32")
+    y = np.arange(40) % 5
+    true = z[np.arange(40), y]
+    wrong = np.where(np.eye(5, dtype=bool)[y], -np.inf, z).max(axis=1)
+    np.testing.assert_allclose(attacks.margin(z, y), wrong - true, rtol=1e-6)
+    np.testing.assert_allclose(attacks.cross_entropy(z, y), np.log(np.exp(z).sum(axis=1)) - true, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(attacks.margin(z, y).numpy() > 0, z.argmax(axis=1) != y)
+
+
+def test_the_losses_stay_finite_for_a_confident_network():
+    z = np.array([[500.0, -500.0], [-500.0, 500.0]], "float32")
+    np.testing.assert_allclose(attacks.cross_entropy(z, [0, 0]), [0, 1000])
+    np.testing.assert_allclose(attacks.margin(z, [0, 0]), [-1000, 1000])
+
+
+# ── Within the threat model ──
+
+
+@every_attack
+@quickly
+@given(data=st.data())
+def test_results_stay_within_the_threat_model(name, data):
+    x = data.draw(arrays.arrays("float32", (5, *SHAPE), elements=st.floats(0, 1, width=32)))
+    y = data.draw(arrays.arrays("int64", 5, elements=st.integers(0, 2)))
+    eps = data.draw(st.floats(0, 1, width=32))
+    x_before, y_before = x.copy(), y.copy()
+    x_adv = ATTACKS[name](NET, x, y, eps, data.draw(st.integers(0, 99)))
+    assert x_adv.dtype == np.float32 and x_adv.shape == x.shape and np.isfinite(x_adv).all()
+    assert ThreatModel(norm_of[name], eps).distance(x_adv, x).max() <= eps + 1e-6
+    assert x_adv.min() >= 0 and x_adv.max() <= 1
+    np.testing.assert_array_equal(x, x_before)
+    np.testing.assert_array_equal(y, y_before)
+
+
+@every_attack
+def test_no_radius_no_change(name):
+    np.testing.assert_array_equal(ATTACKS[name](NET, X, Y, 0), X)
+    np.testing.assert_array_equal(ATTACKS[name](NET, X, Y, 0.0), X)
+
+
+@pytest.mark.parametrize("name", ["fgsm", "bim", "pgd-linf"])
+def test_the_whole_radius_is_used(name):
+    x_adv = ATTACKS[name](LINEAR, X, Y % 2, 0.1)
+    np.testing.assert_allclose(np.abs(x_adv - X), 0.1, atol=1e-6)
+
+
+def test_other_bounds_are_respected():
+    x = 2 * X - 1
+    assert attacks.fgsm(LINEAR, x, Y % 2, 1.9, bounds=(-1, 1)).min() == -1
+    assert attacks.bim(LINEAR, x, Y % 2, 1.9, bounds=(-1, 1)).max() == 1
+    assert attacks.pgd(LINEAR, x, Y % 2, ThreatModel("linf", 1.9, (-1, 1)), steps=5).min() == -1
+
+
+# ── Exact answers ──
+
+
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("attack", [
+    lambda m, x, y: attacks.fgsm(m, x, y, 0.1),
+    lambda m, x, y: attacks.bim(m, x, y, 0.1),
+    lambda m, x, y: attacks.pgd(m, x, y, ThreatModel("linf", 0.1), steps=10),
+    lambda m, x, y: attacks.pgd(m, x, y, ThreatModel("linf", 0.1), steps=10, losses=("margin",)),
+], ids=["fgsm", "bim", "pgd", "pgd-margin"])  # fmt: skip
+def test_linf_attacks_reach_the_optimum_of_a_linear_model(attack, label):
+    y = np.full(N, label)
+    gain = margins(LINEAR, attack(LINEAR, X, y), y) - margins(LINEAR, X, y)
+    np.testing.assert_allclose(gain, 0.1 * np.abs(W).sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("loss", ["cross-entropy", "margin"])
+def test_l2_pgd_reaches_the_optimum_of_a_linear_model(loss, label):
+    y, threat = np.full(N, label), ThreatModel("l2", 0.3)
+    optimum = margins(LINEAR, X, y) + 0.3 * np.linalg.norm(W)
+    x_adv = attacks.pgd(LINEAR, X, y, threat, steps=20, step_size=0.3, losses=(loss,))
+    np.testing.assert_allclose(margins(LINEAR, x_adv, y), optimum, rtol=1e-5)
+    # The usual step, 2.5 * eps / steps, has no time to turn a random start all the way round the sphere.
+    usual = margins(LINEAR, attacks.pgd(LINEAR, X, y, threat, steps=20, losses=(loss,)), y)
+    assert (usual <= optimum + 1e-5).all() and (usual >= optimum - 0.05 * 0.3 * np.linalg.norm(W)).all()
+
+
+@pytest.mark.parametrize("name", ["fgsm", "bim", "pgd-linf"])
+def test_the_optimum_at_the_bounds_is_the_clipped_one(name):
+    x, y = rng_images(N), np.zeros(N, int)
+    best = np.clip(x + np.float32(0.4) * np.sign(W).reshape(SHAPE), 0, 1)
+    np.testing.assert_allclose(ATTACKS[name](LINEAR, x, y, 0.4), best, atol=1e-6)
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_bim_follows_its_equation(targeted):
+    """In NumPy and float64: the gradient of cross-entropy on a linear network is W (p - one-hot)."""
+    x = X.astype("float64").reshape(N, 16)
+    moved = x.copy()
+    for _ in range(6):
+        p = np.exp(moved @ MANY)
+        gradient = (p / p.sum(axis=1, keepdims=True) - np.eye(3)[Y]) @ MANY.T.astype("float64")
+        moved = np.clip(moved + (-1 if targeted else 1) * 0.04 * np.sign(gradient), x - 0.1, x + 0.1).clip(0, 1)
+    x_adv = attacks.bim(three_classes, X, Y, 0.1, steps=6, step_size=0.04, targeted=targeted)
+    np.testing.assert_allclose(x_adv.reshape(N, 16), moved, atol=1e-6)
+
+
+def test_fgsm_is_one_step_of_bim():
+    np.testing.assert_array_equal(attacks.fgsm(NET, X, Y, 0.1), attacks.bim(NET, X, Y, 0.1, steps=1, step_size=0.1))
+
+
+def test_bim_divides_the_radius_among_its_steps():
+    np.testing.assert_array_equal(attacks.bim(NET, X, Y, 0.2), attacks.bim(NET, X, Y, 0.2, steps=10, step_size=0.02))
+
+
+# ── The untargeted attack leaves the label, the targeted one reaches it ──
+
+
+def test_pgd_leaves_the_label_and_gets_worse_with_the_radius():
+    y = logits(NET, X).argmax(axis=1)
+    assert correct(NET, X, y).all()
+    for norm, eps in (("linf", 0.3), ("l2", 1.2)):
+        beaten = [~correct(NET, attacks.pgd(NET, X, y, ThreatModel(norm, e), steps=20), y) for e in (eps / 9, eps)]
+        assert beaten[0].sum() < beaten[1].sum() == N
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", "margin"])
+def test_a_targeted_attack_reaches_its_target(loss):
+    x, threat = X, ThreatModel("linf", 0.3)
+    targets = (logits(three_classes, x).argmax(axis=1) + 1) % 3
+    options = {"steps": 30, "losses": (loss,), "targeted": True}
+    for compact in (False, True):
+        x_adv = attacks.pgd(three_classes, x, targets, threat, compact=compact, **options)
+        assert correct(three_classes, x_adv, targets).all()
+    assert correct(three_classes, attacks.bim(three_classes, x, targets, 0.3, targeted=True), targets).all()
+    towards = attacks.fgsm(three_classes, x, targets, 0.05, targeted=True)
+    assert (attacks.cross_entropy(logits(three_classes, towards), targets)
+            < attacks.cross_entropy(logits(three_classes, x), targets)).numpy().all()  # fmt: skip
+
+
+def test_a_loss_of_ones_own_is_ascended():
+    def doubled(z, y):
+        return 2 * attacks.margin(z, y)
+
+    threat = ThreatModel("l2", 0.2)
+    own, named = (attacks.pgd(NET, X, Y, threat, steps=5, losses=(loss,)) for loss in (doubled, "margin"))
+    np.testing.assert_allclose(own, named, atol=1e-6)
+    x_adv = attacks.pgd(NET, X, Y, threat, steps=5, losses=(lambda z, y: -doubled(z, y),), start=X)
+    np.testing.assert_array_equal(x_adv, X)  # it goes the wrong way, and the best iterate is the first
+
+
+# ── Best iterate, restarts, steps, compaction ──
+
+
+def hill(x):
+    """Two logits; the margin of label 0 is highest (-1) where the mean pixel is 0.55 and falls off on both sides."""
+    height = -1 - 100 * (tf.reduce_mean(x, axis=(1, 2, 3)) - 0.55) ** 2
+    return tf.stack([-height / 2, height / 2], axis=1)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_the_best_iterate_is_reported_not_the_last(compact):
+    """Steps of 0.06 from 0.5 go 0.56, 0.5, 0.56 ...: the last of an even number of steps is the worse one."""
+    x, y = np.full((2, *SHAPE), 0.5, "float32"), np.zeros(2, int)
+    options = {"steps": 4, "step_size": 0.06, "start": x, "compact": compact}
+    np.testing.assert_allclose(attacks.pgd(hill, x, y, ThreatModel("linf", 0.2), **options), 0.56, atol=1e-6)
+    last = attacks.bim(hill, x, y, 0.2, steps=4, step_size=0.06)
+    np.testing.assert_allclose(last, 0.5, atol=1e-6)  # BIM reports the last one, as published
+
+
+def test_the_image_itself_is_one_of_the_iterates():
+    """A step far too long makes things worse than no attack: then the image as it was is the best."""
+    x, y = np.full((2, *SHAPE), 0.54, "float32"), np.zeros(2, int)
+    for norm in ("linf", "l2"):
+        x_adv = attacks.pgd(hill, x, y, ThreatModel(norm, 0.4), steps=1, step_size=0.4)
+        assert (margins(hill, x_adv, y) >= margins(hill, x, y)).all()
+
+
+@quickly
+@given(st.integers(0, 999), st.sampled_from([("linf", 0.08), ("l2", 0.3)]), st.booleans())
+def test_more_restarts_and_more_steps_are_never_worse(seed, ball, targeted):
+    x, y, threat = rng_images(8, seed), np.arange(8) % 3, ThreatModel(*ball)
+    sign, options = -1 if targeted else 1, {"step_size": ball[1], "targeted": targeted, "seed": seed}
+    few, restarts, steps = (sign * margins(NET, attacks.pgd(NET, x, y, threat, **more, **options), y) for more in (
+        {"steps": 3}, {"steps": 3, "restarts": 3}, {"steps": 8}))  # fmt: skip
+    assert (restarts >= few - 1e-5).all() and (steps >= few - 1e-5).all()
+    assert (few >= sign * margins(NET, x, y) - 1e-5).all()
+
+
+@quickly
+@given(st.integers(0, 999), st.sampled_from([("linf", 0.05), ("l2", 0.25)]), st.booleans())
+def test_compaction_beats_the_same_images(seed, ball, targeted):
+    x, y = rng_images(20, seed), np.arange(20) % 3
+    options = {"steps": 12, "restarts": 2, "losses": ("cross-entropy", "margin"), "targeted": targeted, "seed": seed}
+    whole, compact = (attacks.pgd(NET, x, y, ThreatModel(*ball), compact=compact, batch_size=7, **options)
+                      for compact in (False, True))  # fmt: skip
+    hit = correct(NET, whole, y)
+    np.testing.assert_array_equal(hit, correct(NET, compact, y))
+    standing = ~hit if targeted else hit
+    np.testing.assert_allclose(compact[standing], whole[standing], atol=1e-6)
+
+
+def test_compaction_is_tested_on_images_of_both_kinds():
+    x, y = rng_images(20, 0), np.arange(20) % 3
+    for norm, eps in (("linf", 0.05), ("l2", 0.25)):
+        beaten = ~correct(NET, attacks.pgd(NET, x, y, ThreatModel(norm, eps), steps=12), y)
+        clean = ~correct(NET, x, y)
+        assert clean.sum() < beaten.sum() < len(x)
+
+
+@pytest.mark.parametrize("name", ["fgsm", "bim", "pgd-linf", "pgd-l2"])
+def test_the_batch_size_does_not_matter(name):
+    ways = {"fgsm": lambda **o: attacks.fgsm(NET, X, Y, 0.1, **o), "bim": lambda **o: attacks.bim(NET, X, Y, 0.1, **o),
+            "pgd-linf": lambda **o: attacks.pgd(NET, X, Y, ThreatModel("linf", 0.1), steps=5, **o),
+            "pgd-l2": lambda **o: attacks.pgd(NET, X, Y, ThreatModel("l2", 0.5), steps=5, **o)}  # fmt: skip
+    np.testing.assert_allclose(ways[name](batch_size=5), ways[name](), atol=1e-5)
+
+
+def test_a_warm_start_is_projected_and_used():
+    threat, far = ThreatModel("linf", 0.05), np.clip(X + 0.5, 0, 1)
+    x_adv = attacks.pgd(LINEAR, X, np.zeros(N, int), threat, steps=1, step_size=1e-6, start=far)
+    gain = margins(LINEAR, x_adv, np.zeros(N, int)) - margins(LINEAR, X, np.zeros(N, int))
+    np.testing.assert_allclose(gain, max(0, 0.05 * W.sum()), atol=1e-4)
+    assert threat.distance(x_adv, X).max() <= 0.05 + 1e-6
+
+
+# ── Seeds ──
+
+
+@pytest.mark.parametrize("name", ["pgd-linf", "pgd-l2", "square"])
+def test_the_same_seed_gives_the_same_images(name):
+    hard = linear(bias=-9.0)  # nothing is beaten, so that every query and restart is spent
+    y = np.zeros(N, int)
+    first = ATTACKS[name](hard, X, y, 0.1, 3)
+    np.testing.assert_array_equal(first, ATTACKS[name](hard, X, y, 0.1, 3))
+    np.testing.assert_array_equal(ATTACKS[name](NET, X, Y, 0.1, 3), ATTACKS[name](NET, X, Y, 0.1, 3))
+
+
+def test_another_seed_gives_other_images():
+    hard, y = linear(bias=-9.0), np.zeros(N, int)
+    assert not np.array_equal(ATTACKS["square"](hard, X, y, 0.1, 0), ATTACKS["square"](hard, X, y, 0.1, 1))
+    for norm in ("linf", "l2"):
+        one, two = (attacks.pgd(NET, X, Y, ThreatModel(norm, 0.2), steps=1, step_size=1e-3, seed=s) for s in (0, 1))
+        assert not np.array_equal(one, two)
+
+
+# ── What an attack must not do to a network, and which networks it takes ──
+
+
+def state(model):
+    return {variable.path: variable.numpy() for variable in model.variables}
+
+
+@pytest.mark.parametrize("name", [*ATTACKS, "lbfgs"])
+def test_an_attack_leaves_the_network_as_it_was(name):
+    """Weights, batch statistics and the seed of dropout, which would move if dropout were on."""
+    before = state(NET)
+    assert any("moving_mean" in path for path in before) and any("seed" in path for path in before)
+    if name == "lbfgs":
+        attacks.lbfgs(NET, X[:2], Y[:2], searches=2, max_iterations=3)
+    else:
+        ATTACKS[name](NET, X, Y, 0.1)
+    assert all(np.array_equal(before[path], value) for path, value in state(NET).items())
+
+
+@every_attack
+def test_dropout_is_off_in_an_attack(name):
+    without = network(dropout=0.0)
+    without.set_weights(NET.get_weights())
+    np.testing.assert_array_equal(ATTACKS[name](NET, X, Y, 0.1), ATTACKS[name](without, X, Y, 0.1))
+
+
+@every_attack
+def test_a_function_is_attacked_like_the_network_it_calls(name):
+    x_adv = ATTACKS[name](lambda x: NET(x, training=False), X, Y, 0.1)
+    np.testing.assert_allclose(x_adv, ATTACKS[name](NET, X, Y, 0.1), atol=1e-6)
+
+
+def test_a_function_may_compute_in_float64():
+    y = np.zeros(N, int)
+    for name in ("fgsm", "pgd-l2", "square"):
+        x_adv = ATTACKS[name](lambda x: tf.cast(LINEAR(x), tf.float64), X, y, 0.1)
+        np.testing.assert_allclose(x_adv, ATTACKS[name](LINEAR, X, y, 0.1), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*ATTACKS, "lbfgs"])
+def test_a_network_that_ends_in_a_softmax_is_refused(name):
+    soft = keras.Sequential([NET, layers.Softmax()])
+    with pytest.raises(ValueError, match="probabilities.*expected logits"):
+        attacks.lbfgs(soft, X, Y) if name == "lbfgs" else ATTACKS[name](soft, X, Y, 0.1)
+
+
+@pytest.mark.parametrize("mask", [tf.stop_gradient, tf.round], ids=["stopped", "rounded"])
+def test_a_network_without_gradients_is_attacked_without_success(mask):
+    """No error: the attack fails, and the sanity checks are what finds the reason."""
+    for name in ATTACKS.keys() - {"square"}:
+        assert np.isfinite(ATTACKS[name](lambda x: LINEAR(mask(x)), X, Y % 2, 0.1)).all()
+    np.testing.assert_array_equal(attacks.bim(lambda x: LINEAR(mask(x)), X, Y % 2, 0.1), X)
+
+
+def test_l2_steps_keep_their_length_on_a_confident_network():
+    """The gradients are about 1e-27: their squares underflow in float32, their signs do not."""
+    confident, y = linear(w=8 * W, bias=-90.0), np.zeros(N, int)
+    assert margins(confident, X, y).max() < -60
+    x_adv = attacks.pgd(confident, X, y, ThreatModel("l2", 0.2), steps=1, step_size=0.2, start=X)
+    np.testing.assert_allclose(ThreatModel("l2", 0.2).distance(x_adv, X), 0.2, rtol=1e-3)
+
+
+def test_one_graph_serves_every_radius_and_number_of_steps():
+    traces = []
+
+    def model(x):
+        traces.append(x.shape)
+        return LINEAR(x)
+
+    def run(n, eps, steps, step_size):
+        attacks.pgd(model, X[:n], Y[:n] % 2, ThreatModel("linf", eps), steps=steps, step_size=step_size)
+
+    run(12, 0.1, 3, 0.01)
+    run(11, 0.1, 3, 0.01)
+    before = len(traces)
+    for n, eps, steps, step_size in ((12, 0.2, 5, 0.3), (7, 0.05, 8, None), (9, np.float64(0.3), np.int64(2), 0.02)):
+        run(n, eps, steps, step_size)
+    assert len(traces) == before
+
+
+# ── The gradient-free attack ──
+
+
+@quickly
+@given(st.integers(0, 999), st.floats(0, 0.5, width=32))
+def test_the_square_attack_never_lowers_the_margin(seed, eps):
+    x, y = rng_images(8, seed), np.arange(8) % 3
+    x_adv = attacks.square(NET, x, y, eps, queries=15, seed=seed)
+    assert (margins(NET, x_adv, y) >= margins(NET, x, y) - 1e-5).all()
+
+
+def test_the_square_attack_uses_no_gradient():
+    near = linear(bias=-float(np.median(margins(LINEAR, X, np.zeros(N, int)))))
+    y = logits(near, X).argmax(axis=1)
+    found, plain = (attacks.square(m, X, y, 0.2, queries=200) for m in (lambda x: near(tf.stop_gradient(x)), near))
+    np.testing.assert_array_equal(found, plain)
+    assert not correct(near, found, y).any()
+
+
+@pytest.mark.parametrize("shape", [(4, 16, 1), (9, 3, 3), (1, 1, 1)])
+def test_the_square_attack_takes_images_that_are_not_square(shape):
+    x = np.random.default_rng(0).uniform(0, 1, (6, *shape)).astype("float32")
+    hard = linear(w=np.ones(np.prod(shape), "float32"), bias=-500.0)
+    x_adv = attacks.square(hard, x, np.zeros(6, int), 0.1, queries=60)
+    assert np.abs(x_adv - x).max() <= 0.1 + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
+
+
+def test_the_square_attack_comes_near_the_optimum_of_a_linear_model():
+    hard, y = linear(bias=-50.0), np.zeros(4, int)
+    gain = margins(hard, attacks.square(hard, X[:4], y, 0.1, queries=400), y) - margins(hard, X[:4], y)
+    assert (gain > 0.85 * 0.1 * np.abs(W).sum()).all() and (gain < 0.1 * np.abs(W).sum() + 1e-4).all()
+
+
+# ── L-BFGS ──
+
+
+def test_lbfgs_finds_nearly_the_smallest_change_on_a_linear_model():
+    bias = -float(np.median(margins(LINEAR, X, np.zeros(N, int))))
+    model, x = linear(bias=bias), X[:4]
+    z = logits(model, x)
+    target = 1 - z.argmax(axis=1)
+    smallest = np.abs(z[:, 1] - z[:, 0]) / np.linalg.norm(W)  # the distance of a point from a plane
+    x_adv = attacks.lbfgs(model, x, target, searches=10, max_iterations=20)
+    assert correct(model, x_adv, target).all()
+    change = ThreatModel("l2", 1).distance(x_adv, x)
+    assert (change >= smallest - 1e-5).all()
+    np.testing.assert_allclose(change, smallest, rtol=0.05, atol=2e-3)
+
+
+def test_lbfgs_stays_within_the_pixels():
+    x = np.concatenate([np.zeros((1, *SHAPE)), np.ones((1, *SHAPE))]).astype("float32")
+    model = linear(w=np.ones(16, "float32"), bias=-8.0)
+    target = np.array([1, 0])
+    x_adv = attacks.lbfgs(model, x, target, searches=4, max_iterations=20)
+    assert x_adv.dtype == np.float32 and x_adv.min() >= 0 and x_adv.max() <= 1
+    assert correct(model, x_adv, target).all()
+
+
+def test_lbfgs_returns_what_it_cannot_move():
+    model = linear(bias=-100.0)  # no valid image has label 1
+    target = np.array([1, 0, 1])
+    x_adv = attacks.lbfgs(model, X[:3], target, searches=3)
+    np.testing.assert_array_equal(x_adv[[0, 2]], X[[0, 2]])
+    np.testing.assert_allclose(x_adv[1], X[1], atol=1e-3)  # the target already: next to no change
+
+
+def test_lbfgs_repeats_and_takes_smaller_changes_with_more_searches():
+    x, length = X[:2], ThreatModel("l2", 1).distance
+    targets = (logits(NET, x).argmax(axis=1) + 1) % 3
+    few, many, again = (attacks.lbfgs(NET, x, targets, searches=n, max_iterations=8) for n in (2, 5, 5))
+    np.testing.assert_array_equal(many, again)
+    reached = correct(NET, few, targets)
+    assert reached.any() and correct(NET, many, targets)[reached].all()
+    assert (length(many, x) <= length(few, x) + 1e-5)[reached].all()
+
+
+# ── Bad input ──
+
+BAD_IMAGES = {
+    "0-255": (255 * X, ValueError, "expected pixels in"),
+    "negative": (X - 0.9, ValueError, "expected pixels in"),
+    "nan": (np.where(X > 0.5, np.nan, X).astype("float32"), ValueError, "NaN"),
+    "rank": (X[..., 0], TypeError, "expected a float32 NumPy array of shape"),
+    "float64": (X.astype("float64"), TypeError, "x is float64"),
+    "uint8": ((255 * X).astype("uint8"), TypeError, "x is uint8"),
+    "list": (X.tolist(), TypeError, "x is list"),
+    "empty": (X[:0], ValueError, "x is empty"),
+}
+BAD_LABELS = {
+    "too large": (Y + 3, ValueError, "expected labels in 0...2"),
+    "negative": (Y - 3, ValueError, "expected labels in 0...2"),
+    "float": (Y.astype(float), TypeError, "integer labels"),
+    "short": (Y[:-1], TypeError, f"expected {N} integer labels"),
+    "one-hot": (np.eye(3, dtype=int)[Y], TypeError, "integer labels"),
+}
+BAD_RADII = {"negative": -0.1, "nan": float("nan"), "infinite": float("inf")}
+
+
+def attempt(name, x, y, eps=0.1):
+    return attacks.lbfgs(NET, x, y) if name == "lbfgs" else ATTACKS[name](NET, x, y, eps)
+
+
+@pytest.mark.parametrize("name", [*ATTACKS, "lbfgs"])
+@pytest.mark.parametrize(("x", "error", "message"), BAD_IMAGES.values(), ids=BAD_IMAGES)
+def test_bad_images_are_refused(name, x, error, message):
+    with pytest.raises(error, match=message):
+        attempt(name, x, Y[: len(x)])
+
+
+@pytest.mark.parametrize("name", [*ATTACKS, "lbfgs"])
+@pytest.mark.parametrize(("y", "error", "message"), BAD_LABELS.values(), ids=BAD_LABELS)
+def test_bad_labels_are_refused(name, y, error, message):
+    with pytest.raises(error, match=message):
+        attempt(name, X, y)
+
+
+@every_attack
+@pytest.mark.parametrize("eps", BAD_RADII.values(), ids=BAD_RADII)
+def test_bad_radii_are_refused(name, eps):
+    with pytest.raises(ValueError, match=f"eps is {eps}"):
+        ATTACKS[name](NET, X, Y, eps)
+
+
+@pytest.mark.parametrize("name", ["fgsm", "bim", "pgd-linf", "square"])
+def test_a_radius_in_0_to_255_units_is_refused(name):
+    with pytest.raises(ValueError, match="0-255 units"):
+        ATTACKS[name](NET, X, Y, 25.5)
+
+
+@pytest.mark.parametrize("attack", [
+    lambda **options: attacks.bim(NET, X, Y, 0.1, **options),
+    lambda **options: attacks.pgd(NET, X, Y, ThreatModel("linf", 0.1), **options),
+], ids=["bim", "pgd"])  # fmt: skip
+@pytest.mark.parametrize("name", ["steps", "step_size", "batch_size"])
+@pytest.mark.parametrize("value", [0, -1, float("nan")])
+def test_steps_and_sizes_are_positive(attack, name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}; expected"):
+        attack(**{name: value})
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"restarts": 0}, "restarts is 0"),
+    ({"losses": "margin"}, "losses is 'margin'"),
+    ({"losses": ("hinge",)}, "hinge"),
+    ({"losses": ()}, r"losses is \(\)"),
+    ({"start": 255 * X}, "start lies in"),
+    ({"start": np.full_like(X, np.nan)}, "start holds NaN"),
+    ({"start": X[:3]}, "start"),
+])  # fmt: skip
+def test_pgd_names_its_bad_options(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        attacks.pgd(NET, X, Y, ThreatModel("linf", 0.1), **options)
+
+
+def test_the_other_attacks_name_their_bad_options():
+    with pytest.raises(ValueError, match="queries is 0"):
+        attacks.square(NET, X, Y, 0.1, queries=0)
+    with pytest.raises(ValueError, match="searches is 0"):
+        attacks.lbfgs(NET, X, Y, searches=0)
+    with pytest.raises(ValueError, match="norm is 'l1'"):
+        attacks.pgd(NET, X, Y, ThreatModel("l1", 0.1))
