@@ -1,0 +1,359 @@
+"""Measuring: accuracy and curves against exact answers, and sanity checks that fail where an evaluation is unsound."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+from helpers import attacks, evaluation, models
+from helpers.threat import ThreatModel
+from helpers.training import fit
+
+SHAPE = (6, 6, 1)
+
+
+def toy(n, seed=0):
+    """Images of two classes: the upper or the lower half is lighter, under noise."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % 2
+    x = rng.uniform(0, 0.8, (n, *SHAPE))
+    x[y == 0, :3] += 0.2
+    x[y == 1, 3:] += 0.2
+    return x.astype("float32"), y
+
+
+X, Y = toy(60, seed=1)
+W = np.random.default_rng(0).choice([-1, 1], 36).astype("float32") * np.linspace(0.2, 1, 36, dtype="float32")
+
+
+def linear(x):
+    """Two logits whose difference, the second minus the first, is w . (x - 0.5)."""
+    difference = tf.reshape(x - 0.5, (-1, 36)) @ tf.constant(W)[:, None]
+    return tf.concat([-difference / 2, difference / 2], axis=1)
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A sound network, trained on the toy images."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([
+        layers.Input(SHAPE), layers.Conv2D(8, 3, activation="relu"), layers.MaxPooling2D(), layers.BatchNormalization(),
+        layers.Flatten(), layers.Dropout(0.2), layers.Dense(16, activation="relu"), layers.Dense(2),
+    ])  # fmt: skip
+    fit(model, *toy(400), epochs=12, batch_size=50, learning_rate=5e-3)
+    return model
+
+
+# ── Networks whose gradients mislead ──
+
+
+@keras.saving.register_keras_serializable("test")
+class Mask(layers.Layer):
+    """Pass the images on, with the gradient that `kind` says."""
+
+    def __init__(self, kind, **options):
+        super().__init__(**options)
+        self.kind = kind
+
+    def get_config(self):
+        return super().get_config() | {"kind": self.kind}
+
+    def call(self, x):
+        upper = tf.cast(tf.range(6) < 3, x.dtype)[None, :, None, None]
+        return {
+            "none": lambda: x,
+            "stopped": lambda: tf.stop_gradient(x),
+            "rounded": lambda: tf.round(8 * x) / 8,
+            "half stopped": lambda: x * upper + tf.stop_gradient(x * (1 - upper)),
+            "doubled": lambda: with_gradient(x, lambda upstream: 2 * upstream),
+            "reversed": lambda: with_gradient(x, lambda upstream: -upstream),
+            "zero": lambda: with_gradient(x, lambda upstream: 0 * upstream),
+            "rippled": lambda: x + 0.02 * tf.sin(3000 * x),
+        }[self.kind]()
+
+
+def with_gradient(x, gradient):
+    return tf.custom_gradient(lambda x: (tf.identity(x), gradient))(x)
+
+
+def masked(network, kind):
+    return keras.Sequential([layers.Input(SHAPE), Mask(kind), *network.layers])
+
+
+# ── Logits, accuracy, score ──
+
+
+def test_batches_give_the_logits_of_one_batch(network):
+    whole = evaluation.logits(network, X)
+    assert whole.shape == (60, 2) and whole.dtype == np.float32
+    for batch_size in (1, 7, 60, 1000):
+        np.testing.assert_allclose(evaluation.logits(network, X, batch_size), whole, atol=1e-5)
+    np.testing.assert_allclose(whole, network(X, training=False), atol=1e-5)
+
+
+def test_logits_are_those_of_test_mode(network):
+    before = [variable.numpy() for variable in network.variables]
+    np.testing.assert_array_equal(evaluation.logits(network, X), evaluation.logits(network, X))
+    assert all(np.array_equal(was, variable.numpy()) for was, variable in zip(before, network.variables, strict=True))
+
+
+def test_accuracy_and_loss_agree_with_numpy(network):
+    for model in (network, linear):
+        z = evaluation.logits(model, X).astype("float64")
+        hits = z.argmax(axis=1) == Y
+        losses = np.log(np.exp(z).sum(axis=1)) - z[np.arange(60), Y]
+        np.testing.assert_array_equal(evaluation.correct(model, X, Y), hits)
+        measured = evaluation.score(model, X, Y)
+        assert measured == {"loss": pytest.approx(losses.mean(), rel=1e-5), "accuracy": pytest.approx(hits.mean())}
+        assert {type(value) for value in measured.values()} == {float}
+
+
+@pytest.mark.parametrize("measure", [evaluation.correct, evaluation.score,
+                                     lambda *data: evaluation.security_curve(*data, [0, 0.1])],
+                         ids=["correct", "score", "security_curve"])  # fmt: skip
+@pytest.mark.parametrize(("x", "y", "error", "message"), [
+    (255 * X, Y, ValueError, "expected pixels in"),
+    (X.astype("float64"), Y, TypeError, "x is float64"),
+    (X[..., 0], Y, TypeError, "of shape"),
+    (X[:0], Y[:0], ValueError, "x is empty"),
+    (X, Y[:, None], TypeError, "60 integer labels"),  # would compare every image with every label
+    (X, Y[:-1], TypeError, "60 integer labels"),
+    (X, Y + 1, ValueError, r"labels in 0\.\.\.1"),
+    (X, Y.astype(float), TypeError, "integer labels"),
+])  # fmt: skip
+def test_bad_input_is_refused(network, measure, x, y, error, message):
+    with pytest.raises(error, match=message):
+        measure(network, x, y)
+
+
+def test_probabilities_are_refused(network):
+    for measure in (evaluation.correct, evaluation.score):
+        with pytest.raises(ValueError, match="drop its softmax"):
+            measure(keras.Sequential([network, layers.Softmax()]), X, Y)
+
+
+# ── The security curve ──
+
+
+def test_the_curve_of_a_linear_model_is_exact():
+    """Far from the bounds an image stands at eps as long as its margin is larger than eps * sum |w|."""
+    x = (0.5 + 0.3 * (toy(60, seed=2)[0] - 0.5)).astype("float32")
+    y = evaluation.logits(linear, x).argmax(axis=1)
+    margin = -attacks.margin(evaluation.logits(linear, x), y).numpy()
+    grid = np.quantile(margin, [0.2, 0.5, 0.8]) / np.abs(W).sum() + 1e-5
+    curve = evaluation.security_curve(linear, x, y, [0, *grid], steps=10)
+    for row, eps in zip(curve, [0, *grid], strict=True):
+        np.testing.assert_array_equal(row, margin > eps * np.abs(W).sum())
+    grid = np.quantile(margin, [0.2, 0.5, 0.8]) / np.linalg.norm(W) + 1e-4
+    curve = evaluation.security_curve(linear, x, y, grid, norm="l2", steps=20, step_size=0.2)
+    for row, eps in zip(curve, grid, strict=True):
+        np.testing.assert_array_equal(row, margin > eps * np.linalg.norm(W))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_curve_never_rises(network, norm):
+    grid = np.array([0, 0.02, 0.05, 0.1, 0.2, 0.4]) * (1 if norm == "linf" else 4)
+    curve = evaluation.security_curve(network, X, Y, grid, norm=norm, steps=8)
+    assert curve.shape == (6, 60) and curve.dtype == bool
+    assert (np.diff(curve.astype(int), axis=0) <= 0).all()
+    np.testing.assert_array_equal(curve[0], evaluation.correct(network, X, Y))
+    assert curve[0].mean() > 0.9 and 0 < curve[1:].mean() < 1 and not curve[-1].any()
+    np.testing.assert_array_equal(curve, evaluation.security_curve(network, X, Y, grid, norm=norm, steps=8))
+
+
+def test_a_curve_is_no_weaker_than_single_attacks(network):
+    grid = [0.02, 0.05, 0.1]
+    curve = evaluation.security_curve(network, X, Y, grid, steps=20)
+    for row, eps in zip(curve, grid, strict=True):
+        alone = evaluation.correct(network, attacks.pgd(network, X, Y, ThreatModel("linf", eps), steps=20), Y)
+        assert row.mean() <= alone.mean() + 0.05
+
+
+def test_a_curve_passes_its_options_on(network):
+    weak, strong = (evaluation.security_curve(network, X, Y, [0.05], **options)[0].mean() for options in (
+        {"steps": 1, "step_size": 1e-6}, {"steps": 10, "restarts": 2, "losses": ("margin",)}))  # fmt: skip
+    assert strong < weak
+    with pytest.raises(ValueError, match="steps is 0"):
+        evaluation.security_curve(network, X, Y, [0.05], steps=0)
+    with pytest.raises(ValueError, match="norm is 'l1'"):
+        evaluation.security_curve(network, X, Y, [0.05], norm="l1")
+
+
+@pytest.mark.parametrize("grid", [[0.1, 0.1], [0.2, 0.1], [-0.1, 0.1], [-0.2, -0.1], [0, np.nan], [np.nan],
+                                  [0, np.inf]], ids=str)  # fmt: skip
+def test_grids_that_do_not_rise_are_refused(grid):
+    with pytest.raises(ValueError, match="grid is"):
+        evaluation.security_curve(linear, X, Y, grid, steps=1)
+
+
+def test_an_empty_grid_is_refused():
+    with pytest.raises(ValueError):
+        evaluation.security_curve(linear, X, Y, [])
+
+
+def test_a_grid_in_0_to_255_units_is_refused():
+    with pytest.raises(ValueError, match="0-255 units"):
+        evaluation.security_curve(linear, X, Y, [0, 8, 16], steps=1)
+
+
+# ── The interval of a difference ──
+
+
+def test_the_interval_covers_a_known_difference():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for repeat in range(60):
+        shared = rng.uniform(size=150)  # images that are hard for one defence are hard for the other
+        a, b = shared < 0.8, shared + rng.normal(0, 0.1, 150) < 0.6
+        mean, low, high = evaluation.difference_interval(a, b, seed=repeat)
+        assert mean == pytest.approx(a.mean() - b.mean()) and low <= mean <= high
+        covered += low <= 0.2 <= high
+    assert 0.85 < covered / 60 <= 1
+
+
+def test_the_interval_is_paired_and_repeats():
+    rng = np.random.default_rng(0)
+    a = rng.uniform(size=300) < 0.7
+    b = a & (rng.uniform(size=300) < 0.9)
+    mean, low, high = evaluation.difference_interval(a, b)
+    assert 0 < low < mean < high
+    assert evaluation.difference_interval(a, b) == (mean, low, high)
+    shuffled = evaluation.difference_interval(a, rng.permutation(b))
+    assert shuffled[2] - shuffled[1] > 1.5 * (high - low)  # pairs are worth something
+    wide = evaluation.difference_interval(a, b, confidence=0.999)
+    assert wide[1] < low and wide[2] > high
+    assert evaluation.difference_interval(b, a)[0] == -mean
+    assert evaluation.difference_interval(a, a) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("shapes", [(5, 1), (5, 4), ((5, 1), (5, 1))], ids=str)
+def test_an_interval_needs_pairs(shapes):
+    with pytest.raises(ValueError, match="expected the same images"):
+        evaluation.difference_interval(*(np.ones(shape) for shape in shapes))
+
+
+# ── Gradients ──
+
+
+@pytest.mark.parametrize("build", [
+    lambda: models.two_conv((8, 8, 1), 3), lambda: models.two_conv((8, 8, 1), 3, strided=False),
+    lambda: models.deep_conv((8, 8, 1), 3),
+], ids=["strided", "pooled", "deep"])  # fmt: skip
+def test_the_gradients_of_the_networks_are_exact(build):
+    """Also on a blank background, where max-pooling has ties and a new network's ReLUs get exactly 0."""
+    x = np.zeros((20, 8, 8, 1), "float32")
+    x[:, 3:5, 3:5] = np.random.default_rng(0).uniform(0, 1, (20, 2, 2, 1))
+    y = np.arange(20) % 3
+    assert evaluation.gradient_error(build(), x, y) < 1e-4
+
+
+@pytest.mark.parametrize(("kind", "least"), [("doubled", 0.01), ("reversed", 0.01), ("half stopped", 0.01),
+                                             ("zero", 1), ("stopped", 1)])  # fmt: skip
+def test_a_wrong_gradient_is_noticed(network, kind, least):
+    assert evaluation.gradient_error(masked(network, "none"), X, Y) < 1e-4
+    assert evaluation.gradient_error(masked(network, kind), X, Y) > least
+
+
+def test_the_share_of_images_with_a_gradient(network):
+    assert evaluation.gradient_share(network, X, Y) == 1
+    for kind in ("zero", "stopped", "rounded"):
+        assert evaluation.gradient_share(masked(network, kind), X, Y) == 0
+
+    def sometimes(x):
+        bright = tf.cast(tf.reduce_mean(x, axis=(1, 2, 3), keepdims=True) > np.median(X.mean(axis=(1, 2, 3))), x.dtype)
+        return linear(bright * x + tf.stop_gradient((1 - bright) * x))
+
+    assert evaluation.gradient_share(sometimes, X, Y) == pytest.approx(0.5)
+
+
+def test_a_saturated_softmax_has_no_gradient_where_the_margin_has_one():
+    y = evaluation.logits(linear, X).argmax(axis=1)
+    assert evaluation.gradient_share(lambda x: 1e4 * linear(x), X, y, attacks.cross_entropy) < 0.2
+    assert evaluation.gradient_share(lambda x: 1e4 * linear(x), X, y) == 1
+
+
+# ── The sanity checks ──
+
+QUICK = {"steps": 10, "queries": 60}
+
+
+def failed(table):
+    return set(table["check"][~table["passed"]])
+
+
+@pytest.mark.parametrize("threat", [ThreatModel("linf", 0.1), ThreatModel("l2", 0.5)], ids=["linf", "l2"])
+def test_a_sound_network_passes_every_check(network, threat):
+    surrogate = keras.models.clone_model(network)
+    fit(surrogate, *toy(400), epochs=5, batch_size=50, learning_rate=5e-3)
+    table = evaluation.sanity_checks(network, X, Y, threat, surrogate=surrogate, **QUICK)
+    assert list(table.columns) == ["check", "measured", "limit", "relation", "passed"]
+    assert table["passed"].all(), table.to_string()
+    assert len(table) == (14 if threat.norm == "linf" else 13) and table["check"].is_unique
+    assert np.isfinite(table[["measured", "limit"]]).all(axis=None)
+
+
+@pytest.mark.parametrize(("kind", "norm", "expected"), [
+    ("stopped", "linf", {"images with a gradient", "success at the largest eps", "gradient error (float64)"}),
+    ("stopped", "l2", {"images with a gradient", "success at the largest eps", "gradient error (float64)"}),
+    ("zero", "linf", {"images with a gradient", "success at the largest eps", "gradient error (float64)"}),
+    ("rounded", "linf", {"images with a gradient", "success at the largest eps"}),
+    ("half stopped", "linf", {"gradient error (float64)"}),
+    ("doubled", "linf", {"gradient error (float64)"}),
+    ("reversed", "linf", {"gradient error (float64)", "PGD against a gradient-free attack"}),
+    ("rippled", "linf", {"PGD against a gradient-free attack"}),
+])  # fmt: skip
+def test_a_masked_network_fails_its_checks(network, kind, norm, expected):
+    threat = ThreatModel(norm, 0.15 if norm == "linf" else 0.5)
+    table = evaluation.sanity_checks(masked(network, kind), X, Y, threat, **QUICK)
+    assert expected <= failed(table), table.to_string()
+
+
+def test_transfer_betrays_a_masked_network(network):
+    table = evaluation.sanity_checks(masked(network, "zero"), X, Y, ThreatModel("l2", 0.6), surrogate=network, **QUICK)
+    assert "white box against transfer" in failed(table)
+
+
+def leaves_the_ball(pgd, x, threat, **options):
+    return np.clip(pgd(threat, **options) + np.float32(0.01), 0, 1)
+
+
+def moves_without_a_radius(pgd, x, threat, **options):
+    return np.clip(x + np.float32(1e-6), 0, 1) if threat.eps == 0 else pgd(threat, **options)
+
+
+def never_moves(pgd, x, threat, **options):
+    return x
+
+
+def gives_up_on_large_radii(pgd, x, threat, **options):
+    return pgd(threat, **options) if threat.eps < 0.1 else x
+
+
+def goes_the_wrong_way(pgd, x, threat, **options):
+    return pgd(threat, **options | {"losses": (lambda z, y: -attacks.margin(z, y),), "step_size": 1.0})
+
+
+def stops_too_early(pgd, x, threat, **options):
+    return pgd(threat, **options | {"restarts": 1, "step_size": threat.eps / 20 + 1e-9, "start": x})
+
+
+@pytest.mark.parametrize(("broken", "eps", "expected"), [
+    (leaves_the_ball, 0.15, {"largest distance"}),
+    (moves_without_a_radius, 0.15, {"eps = 0 changes no pixel"}),
+    (never_moves, 0.15, {"success at the largest eps", "PGD against a single step",
+                         "PGD against a gradient-free attack"}),
+    (never_moves, 0.6, {"PGD against random noise"}),
+    (gives_up_on_large_radii, 0.15, {"success at eps against eps / 2"}),
+    (goes_the_wrong_way, 0.15, {"PGD against a single step", "PGD against a gradient-free attack"}),
+    (stops_too_early, 0.15, {"twice the steps: change of success"}),
+])  # fmt: skip
+def test_a_broken_attack_fails_its_checks(network, monkeypatch, broken, eps, expected):
+    sound = attacks.pgd
+
+    def pgd(model, x, y, threat, **options):
+        return broken(lambda t, **o: sound(model, x, y, t, **o), x, threat, **options)
+
+    monkeypatch.setattr(attacks, "pgd", pgd)
+    table = evaluation.sanity_checks(network, X, Y, ThreatModel("linf", eps), **QUICK)
+    assert expected <= failed(table), table.to_string()
