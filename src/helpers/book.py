@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -25,6 +26,7 @@ from typing import get_args
 import jinja2
 import nbformat
 import pandas as pd
+import psutil
 import yaml
 
 from helpers.files import atomic
@@ -105,7 +107,8 @@ def _facts(record):
 
 def _execute(book, chapter, limits, threads):
     """Body of a chapter's process."""
-    threading.Thread(target=lambda: parent_process().join() or os._exit(1), daemon=True).start()  # its kernel follows
+    signal.signal(signal.SIGTERM, _end)
+    threading.Thread(target=lambda: _end(parent_process().join()), daemon=True).start()
     own = ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
     os.environ.update({name: str(book.output / "jupyter") for name in own}, HELPERS_OUTPUT=str(book.output))
     os.environ.update(JUPYTER_PATH="", TF_NUM_INTRAOP_THREADS=str(threads))
@@ -127,6 +130,13 @@ def _execute(book, chapter, limits, threads):
             raise BookError(_failure(book.source(chapter), partial, error, limits)) from None
         if not record.exists():
             raise BookError(f"the notebook ended without saving its record, {record}")
+
+
+def _end(*_):
+    """End this process with its kernel and the kernel's own workers, which would go on without the command."""
+    for process in psutil.Process().children(recursive=True):
+        process.kill()
+    os._exit(1)
 
 
 def _failure(source, partial, error, limits):
@@ -196,7 +206,7 @@ def ledger(book: Book) -> pd.DataFrame:
              "Paper": "–" if value is None else f"{value:g}", "Verdict": "no record yet", "Note": ""}
             for claim in known.values() if claim.id not in done
             for part, value in (claim.value if isinstance(claim.value, dict) else {"": claim.value}).items()]
-    frame = pd.concat([*found, pd.DataFrame(rest)])
+    frame = pd.concat([*found, pd.DataFrame(rest)], ignore_index=True)
     frame.insert(1, "Where", [known[name].where for name in frame["Claim"]])
     return frame.sort_values("Claim", key=lambda names: names.map(list(known).index), kind="stable")
 

@@ -8,18 +8,13 @@ import sys
 import time
 
 import nbformat
+import psutil
 import pytest
 from conftest import RECORD, command
 
 import helpers.book
 from helpers.book import BookError, execute, status
 from helpers.records import Record
-
-
-def processes():
-    """Command lines of the running processes by id."""
-    listed = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True).stdout
-    return {int(line.split()[0]): line for line in listed.splitlines()}
 
 
 def test_a_chapter_leaves_its_notebook_record_and_status(tiny):
@@ -82,22 +77,25 @@ def test_a_chapter_without_a_record_fails(tiny):
     assert not book.run("02_tiny")[0].exists()
 
 
-@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
-def test_killing_the_command_stops_the_kernel_and_leaves_nothing_half_written(tiny, tmp_path, kill):
-    pid = tmp_path / "pid"
-    book = tiny(f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\ntime.sleep(60)")
-    running = subprocess.Popen([sys.executable, "-m", "helpers", "run"], cwd=book.root,
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL, "everything"])
+def test_killing_the_command_ends_kernel_and_workers_and_leaves_nothing_half_written(tiny, tmp_path, kill):
+    pids = tmp_path / "pids"
+    book = tiny("import os, pathlib, time, joblib", f"""def work(n):
+    with open({str(pids)!r}, "a") as file:
+        file.write(f"{{os.getpid()}} {{os.getppid()}} ")
+    time.sleep(100)
+joblib.Parallel(2)(joblib.delayed(work)(n) for n in range(2))""")
+    running = subprocess.Popen([sys.executable, "-m", "helpers", "run"], cwd=book.root, start_new_session=True,
                                env=os.environ | {"HELPERS_OUTPUT": str(book.output)})
-    deadline = time.monotonic() + 60
-    while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 100
+    while not (pids.exists() and len(pids.read_text().split()) == 4) and time.monotonic() < deadline:
         time.sleep(0.1)
-    kernel = int(pid.read_text())
-    assert kernel in processes()
-    running.send_signal(kill)
+    started = {int(pid) for pid in pids.read_text().split()}
+    assert len(started) == 3 and started <= set(psutil.pids())
+    os.killpg(running.pid, signal.SIGTERM) if kill == "everything" else running.send_signal(kill)
     assert running.wait(20)
-    while kernel in processes() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert kernel not in processes()
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in started & set(psutil.pids())], timeout=20)
+    assert not alive
     assert not any(path.exists() for path in book.run("02_tiny"))
 
 

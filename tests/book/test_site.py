@@ -1,0 +1,171 @@
+"""The rendered site, read as a browser reads it: complete, without a remote request, the same on a plane."""
+
+import json
+import re
+from html.parser import HTMLParser
+from urllib.parse import unquote, urlsplit
+
+import pandas as pd
+import pytest
+import yaml
+from conftest import ROOT
+
+from helpers.book import status
+from helpers.records import Record, claims
+
+LOADED = {"link": ["href"], "img": ["src", "srcset"], "script": ["src"], "iframe": ["src"], "source": ["src", "srcset"],
+          "video": ["src", "poster"], "audio": ["src"], "embed": ["src"], "object": ["data"], "use": ["href"]}
+NOT_FETCHED = {"canonical", "next", "prev", "search", "index", "author", "copyright", "license"}
+CSS_REQUEST = re.compile(r"""(?:@import\s+|url\(\s*)["']?((?:https?:)?//[^"')\s]+)""")
+
+
+class Page(HTMLParser):
+    """What a page asks a browser to load, where it links to, its anchors, images and inline styles."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.loads, self.links, self.ids, self.images, self.css = [], [], set(), [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.ids |= {values.get("id"), values.get("name")} - {None}
+        self.css.append(values.get("style") or "")
+        self.images += [values] if tag == "img" else []
+        self.links += [values["href"]] if tag == "a" and "href" in values else []
+        if not (tag == "link" and set((values.get("rel") or "").split()) & NOT_FETCHED):
+            self.loads += [values[name] for name in LOADED.get(tag, []) if values.get(name)]
+
+    def handle_data(self, data):
+        self.css += [data] if self.lasttag == "style" else []
+
+
+@pytest.fixture(scope="module")
+def folder(site):
+    return site.output / "html"
+
+
+@pytest.fixture(scope="module")
+def pages(folder):
+    found = {path: Page(path.read_text()) for path in folder.rglob("*.html") if "_static" not in path.parts}
+    assert len(found) > 8
+    return found
+
+
+def remote(address):
+    """Whether a browser would leave the site for this address."""
+    return bool(re.match(r"(?:https?:)?//", address))
+
+
+def requests(page, text):
+    """Remote addresses that a page or style sheet makes a browser load."""
+    return [address for address in page.loads if remote(address)] + CSS_REQUEST.findall(text)
+
+
+@pytest.mark.parametrize("html", [
+    '<script src="https://cdn.example/x.js"></script>', '<link rel="stylesheet" href="//fonts.example/a.css">',
+    '<img src="https://example.org/i.png">', '<style>@import "https://example.org/a.css"</style>',
+    '<p style="background: url(https://example.org/b.png)">',
+])
+def test_the_check_for_remote_requests_sees_them(html):
+    page = Page(html)
+    assert requests(page, "\n".join(page.css))
+
+
+def test_pages_make_no_remote_request(pages):
+    found = {path.name: requests(page, "\n".join(page.css)) for path, page in pages.items()}
+    assert not any(found.values()), found
+
+
+def test_style_sheets_make_no_remote_request(folder):
+    found = {path.name: CSS_REQUEST.findall(path.read_text()) for path in folder.rglob("*.css")}
+    assert found and not any(found.values()), found
+
+
+def test_scripts_of_the_pages_load_nothing_from_elsewhere(pages, folder):
+    """No address in a script that a page loads names a script, style sheet, font or data of another host.
+
+    MathJax names one, an XPath library that it fetches only in a browser without XPath; no such browser is left.
+    """
+    addresses = ((path, address) for path, page in pages.items() for address in page.loads)
+    loaded = {(path.parent / urlsplit(address).path).resolve() for path, address in addresses}
+    scripts = [path for path in loaded if path.suffix == ".js"]
+    asks = re.compile(r"""["'`]((?:https?:)?//[^"'`\s]+\.(?:m?js|css|woff2?|json)(?:[?#][^"'`]*)?)["'`]""")
+    found = {path.name: [address for address in asks.findall(path.read_text()) if "wicked-good-xpath" not in address]
+             for path in scripts}
+    assert scripts and not any(found.values()), found
+
+
+def test_links_and_files_within_the_site_exist(pages):
+    for path, page in pages.items():
+        for address in page.links + page.loads:
+            parts = urlsplit(address)
+            if parts.scheme or remote(address):
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            assert target.exists(), f"{path.name}: {address}"
+            if parts.fragment and target in pages:
+                assert unquote(parts.fragment) in pages[target].ids, f"{path.name}: {address}"
+
+
+def test_every_page_of_the_contents_is_there(folder):
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    for file in [toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])]:
+        assert (folder / f"{file}.html").exists(), file
+    assert "url=book/index.html" in (folder / "index.html").read_text().replace('"', "").replace("'", "")
+
+
+def test_every_picture_has_a_text(pages):
+    for path, page in pages.items():
+        for image in page.images:
+            assert (image.get("alt") or "").strip(), f"{path.name}: {image.get('src', '')[:80]}"
+
+
+def test_mathematics_is_served_from_here(pages, folder):
+    users = [path for path in pages if 'class="math' in path.read_text()]
+    assert users
+    for path in users:
+        assert any("_static/mathjax/tex-chtml.js" in address for address in pages[path].loads), path
+    assert list((folder / "_static/mathjax").rglob("*.woff"))
+
+
+def test_search_finds_the_primer(folder):
+    assert "book/primer" in (folder / "searchindex.js").read_text()
+
+
+def test_pages_name_no_place_of_this_machine(pages, site):
+    for path in pages:
+        text = path.read_text()
+        for place in (f"{ROOT}/", f"{site.output}/", "/tmp/ipykernel"):
+            assert place not in text, f"{path.name}: {place}"
+
+
+def test_chapters_have_card_downloads_and_a_way_to_colab(site, folder, pages):
+    repository = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
+    name = repository["url"].removeprefix("https://github.com/")
+    colab = f"https://colab.research.google.com/github/{name}/blob/{repository['branch']}/notebooks"
+    assert site.chapters()
+    for chapter in site.chapters():
+        path = folder / f"notebooks/{chapter}.html"
+        text, links = path.read_text(), pages[path].links
+        record = Record.load(site.run(chapter)[1])
+        assert "chapter-card" in text and record.created[:10] in text and record.provenance.device in text
+        assert f"{colab}/{chapter}.ipynb" in links
+        for suffix in ("ipynb", "json", "csv"):
+            assert any(link.endswith(f"{chapter}.{suffix}") for link in links)
+        found = pd.read_csv(next(folder.glob(f"_downloads/*/{chapter}.csv")))
+        assert set(found["Claim"]) == {claim.id for claim in record.claims}
+
+
+def test_the_ledger_shows_every_claim(folder):
+    text = (folder / "book/ledger.html").read_text()
+    assert all(f"<code>{name}</code>" in text for name in claims())
+    rows = json.loads(next(folder.glob("_downloads/*/ledger.json")).read_text())
+    assert {row["Claim"] for row in rows} == set(claims())
+
+
+def test_the_status_page_lists_this_run(site, folder):
+    text = (folder / "book/status.html").read_text()
+    assert [row["chapter"] for row in status(site)] == site.chapters()
+    for row in status(site):
+        assert f"<td>{row['chapter'].replace('_', ' ')}</td><td>smoke</td>" in text

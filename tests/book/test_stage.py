@@ -1,0 +1,199 @@
+"""What the pages show: the right run, its facts, figures with their text, and nothing of the machine."""
+
+import base64
+import json
+import re
+import subprocess
+import sys
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+from conftest import RECORD, ROOT
+from nbformat.v4 import new_output
+
+from helpers.book import MAX_BYTES, Book, BookError, build, execute, ledger, publish, stage
+from helpers.records import Record, claims
+
+FIGURE = """from IPython.display import display
+pixel = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
+about = {"alt": 'It falls: from "0.9" to 0.1 # really', "caption": "A **caption**."}
+display({"image/png": pixel}, raw=True, metadata={"image/png": about})
+display({"text/markdown": "Text after the figure."}, raw=True)"""
+
+
+def page(book, chapter="02_tiny"):
+    """The staged page of a chapter."""
+    stage(book)
+    return nbformat.read(book.output / f"stage/notebooks/{chapter}.ipynb", 4)
+
+
+def text(notebook):
+    """Everything in a notebook as one string."""
+    return nbformat.writes(notebook)
+
+
+def commit(book, printed="the paper run", profile="paper"):
+    """Give a tiny checkout a committed copy with one printed line, and a record that says `profile`."""
+    executed, record = book.committed("02_tiny")
+    notebook = book.source("02_tiny")
+    notebook.cells[-1].outputs = [new_output("stream", name="stdout", text=printed)]
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, executed)
+    found = Record.start("02_tiny", profile, {})
+    found.claim("02.sec4.test_accuracy", [0.9893, 0.9890, 0.9894], note="as printed")
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(found.model_dump_json())
+    return found
+
+
+def test_the_committed_copy_is_shown_while_it_is_fresh(tiny):
+    book = tiny(RECORD)
+    execute(book, book.chapters())
+    commit(book)
+    assert "the paper run" in text(page(book)) and "**Profile shown: paper.**" in page(book).cells[1].source
+    run = Book(book.root, book.output, show="run")
+    assert "the paper run" not in text(page(run)) and "**Profile shown: smoke.**" in page(run).cells[1].source
+
+
+def test_a_stale_copy_is_not_shown(tiny):
+    book = tiny(RECORD)
+    commit(book)
+    tiny(RECORD + "\nprint('new')")
+    assert "the paper run" not in text(page(book)) and "**Not run yet.**" in page(book).cells[1].source
+    execute(book, book.chapters())
+    assert "new" in page(book).cells[-1].outputs[0].text and "**Profile shown: smoke.**" in page(book).cells[1].source
+
+
+def test_new_prose_does_not_make_a_copy_stale(tiny):
+    book = tiny(RECORD)
+    commit(book)
+    source = book.source("02_tiny")
+    source.cells[0].source = "# Better title"
+    nbformat.write(source, book.root / "notebooks/02_tiny.ipynb")
+    assert "the paper run" in text(page(book)) and page(book).cells[0].source == "# Better title"
+
+
+def test_the_card_states_the_facts_of_the_record(tiny):
+    book = tiny(RECORD)
+    execute(book, book.chapters())
+    record = commit(book)
+    card = page(book).cells[1].source
+    about = record.provenance
+    assert f"Run on {record.created[:10]} in {about.seconds:.0f} s on {about.device} ({about.cpu_count} cores)" in card
+    assert "`1 reproduced`" in card and "Run times: smoke" in card
+    assert "not-testable" not in card
+    downloads = book.output / "stage/book/downloads"
+    assert Record.load(downloads / "02_tiny.json") == record
+    assert list(pd.read_csv(downloads / "02_tiny.csv")["Claim"]) == ["02.sec4.test_accuracy"]
+    assert "the paper run" in (downloads / "02_tiny.ipynb").read_text()
+
+
+def test_what_papermill_injects_and_paths_of_the_machine_are_not_shown(tiny):
+    noise = "import os, sys, warnings\nprint(os.getcwd(), sys.prefix + '/bin', os.environ['HELPERS_OUTPUT'] + '/x')"
+    book = tiny(RECORD, noise + "\nwarnings.warn('careful')")
+    execute(book, book.chapters())
+    shown = page(book)
+    assert [cell.source for cell in shown.cells if cell.cell_type == "code"][0] == 'PROFILE = "quick"'
+    assert "Parameters" not in text(shown) and "careful" in text(shown)
+    outputs = json.dumps([cell.outputs for cell in shown.cells if cell.cell_type == "code"])
+    assert not re.search(rf"ipykernel|{book.root}|{sys.prefix}/|/tmp/", outputs), outputs
+
+
+def test_a_figure_gets_its_text_number_and_caption(tiny):
+    book = tiny(RECORD, FIGURE)
+    execute(book, book.chapters())
+    stage(book)
+    build(book)
+    html = (book.output / "html/notebooks/02_tiny.html").read_text()
+    (image,) = re.findall(r"<img [^>]*02_tiny-c1-0[^>]*>", html)
+    assert 'alt="It falls: from &quot;0.9&quot; to 0.1 # really"' in image
+    assert re.search(r'<figure[^>]* id="fig-c1">.*?Fig\. 1 .*?A <strong>caption</strong>\.', html, re.DOTALL)
+    assert html.index("A <strong>caption") < html.index("<p>Text after the figure.")
+    picture = base64.b64decode(re.search(r'pixel = "(.*)"', FIGURE).group(1))
+    assert (book.output / "stage/notebooks/02_tiny-c1-0.png").read_bytes() == picture
+    clean = (book.output / "html/_sources/notebooks/02_tiny.ipynb").read_text()
+    assert "image/png" in clean and "chapter-card" not in clean
+
+
+def test_the_ledger_holds_every_claim_once_and_says_where_there_is_no_record(tiny):
+    book = tiny(RECORD)
+    commit(book)
+    frame, known = ledger(book), claims(ROOT / "book/claims.yml")
+    assert list(frame["Claim"].drop_duplicates()) == list(known)
+    found = frame.set_index("Claim").loc["02.sec4.test_accuracy"]
+    assert (found["Verdict"], found["Paper"], found["Note"]) == ("reproduced", "0.9892", "as printed")
+    assert "0.9892 ±" in found["Ours"] and "n = 3" in found["Ours"]
+    assert set(frame[frame["Claim"] != "02.sec4.test_accuracy"]["Verdict"]) == {"no record yet"}
+    assert len(frame[frame["Claim"] == "05.table1.ct.scratch"]) == 4
+
+
+def test_the_generated_pages_and_downloads(tiny):
+    book = tiny(RECORD)
+    execute(book, book.chapters())
+    commit(book)
+    stage(book)
+    site = build(book).parent
+    html, known = (site / "book/ledger.html").read_text(), claims(ROOT / "book/claims.yml")
+    assert all(f"<code>{name}</code>" in html for name in known)
+    assert "||I_adv - I||" in html and 'href="../notebooks/02_tiny.html"' in html
+    assert (book.output / "stage/book/_static/at-a-glance.png").stat().st_size > 1000
+    rows = json.loads(next(site.glob("_downloads/*/ledger.json")).read_text())
+    assert {row["Claim"] for row in rows} == set(known)
+    assert set(pd.read_csv(next(site.glob("_downloads/*/ledger.csv")))["Claim"]) == set(known)
+    status = (site / "book/status.html").read_text()
+    assert re.search(r"<td>02 tiny</td><td>smoke</td><td>2\d{3}-\d\d-\d\d \d\d:\d\d</td><td>\d+</td><td>1 not", status)
+    assert re.search(r"Tiny chapter</span></a></p></td>\s*<td><p>paper", status)
+
+
+def test_a_warning_fails_the_build_and_the_old_site_stays(tiny, capfd):
+    book = tiny(RECORD)
+    stage(book)
+    before = build(book).stat().st_mtime_ns
+    (book.root / "book/index.md").write_text("# Index\n\n[broken](nowhere.md)\n")
+    stage(book)
+    with pytest.raises(BookError, match="exit code 1"):
+        build(book)
+    assert "nowhere.md" in capfd.readouterr().err
+    assert (book.output / "html/index.html").stat().st_mtime_ns == before
+    assert {path.name for path in book.output.iterdir()} == {"html", "stage"}
+
+
+def test_publish_keeps_outputs_and_record_and_nothing_of_the_machine(tiny):
+    book = tiny(RECORD, "import os; print(os.getcwd())", FIGURE)
+    execute(book, book.chapters())
+    record = book.run("02_tiny")[1].read_text()
+    executed, paper = publish(book, "02_tiny")
+    assert (executed, paper) == book.committed("02_tiny") and paper.read_text() == record
+    kept = nbformat.read(executed, 4)
+    assert [cell.source for cell in kept.cells] == [cell.source for cell in book.source("02_tiny").cells]
+    assert kept.cells[-2].outputs[0].text == "notebooks\n" and "papermill" not in text(kept)
+    assert not (book.output / "stage").exists() and "Text after" in text(page(book))
+
+
+def test_publish_refuses_a_large_copy(tiny):
+    book = tiny(RECORD, f"print('{'x' * 99}\\n' * {MAX_BYTES // 100})")
+    execute(book, book.chapters())
+    with pytest.raises(BookError, match=r"02_tiny: the executed copy has more than 2,000,000 bytes"):
+        publish(book, "02_tiny")
+    assert not any(path.exists() for path in book.committed("02_tiny"))
+
+
+def test_the_contents_list_every_notebook_and_page():
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    listed = {chapter["file"] for part in toc["parts"] for chapter in part["chapters"]} | {toc["root"]}
+    pages = {f"book/{path.name.split('.')[0]}" for path in ROOT.glob("book/*.md*")} - {"book/card"}
+    assert listed == pages | {f"notebooks/{path.stem}" for path in ROOT.glob("notebooks/*.ipynb")}
+
+
+def test_committed_copies_are_small_and_have_a_record_of_the_paper_profile():
+    copies = {path.stem: path for path in ROOT.glob("book/executed/*.ipynb")}
+    records = {path.parent.name: Record.load(path) for path in ROOT.glob("book/results/*/paper.json")}
+    assert set(copies) == set(records) and {record.profile for record in records.values()} <= {"paper"}
+    assert all(path.stat().st_size <= MAX_BYTES for path in copies.values())
+
+
+def test_make_lists_its_targets():
+    listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line.split()[1] for line in listed] == ["help", "book", "test", "paper", "bench", "lint", "clean"]
