@@ -216,8 +216,7 @@ class Record(_Strict):
                             columns=["Claim", "What", "Paper", "Ours", "Verdict", "Note"])
 
     def _repr_html_(self):
-        with pd.option_context("display.max_colwidth", None):
-            return self.comparison().to_html(index=False)
+        return self.comparison().to_html(index=False)  # whole texts, which a DataFrame's own display cuts
 
 
 def _measure(values):
@@ -235,7 +234,7 @@ def _judge(claim, ours, paper, direction, choice_tie):
             raise ValueError(f"direction: {claim.id!r} is of kind 'shown', expected True or False")
         return 0 if direction else 2
     if claim.kind == "choice":
-        return 0 if choice_tie or all(value == paper for value in ours.values) else 2
+        return 0 if choice_tie or np.allclose(ours.values, paper) else 2
     if claim.kind == "order":
         beyond = ours.n >= 2 and ours.mean > 2 * ours.sd / ours.n**0.5
         return 2 if ours.mean <= 0 else 0 if beyond else 1

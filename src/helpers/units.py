@@ -30,10 +30,10 @@ def run(function, grid, *, folder, n_jobs=None, label="", data=None) -> list[dic
     """Return `function(**kwargs)` for each `kwargs` of `grid`, in order; what `folder` holds already is not run again.
 
     `function` is a plain function of plain JSON values, from a module or a notebook, and returns a dictionary of
-    numbers, strings, lists and arrays; "seconds", what it took, is added. Each result is kept in
-    `folder/<function>/<key>.npz`. The key covers the
-    arguments, the code (not its comments) of the function, of what it uses from its own module and of the helpers,
-    the versions of NumPy, TensorFlow and Keras, and `data`, a plain value such as a data set's `sha256`.
+    numbers, strings, lists and arrays, to which the "seconds" it took are added. Each result is kept in
+    `folder/<function>/<key>.npz`. The key covers the arguments, the code (not its comments) of the function, of what it
+    uses from its own module and of the helpers, the versions of NumPy, TensorFlow and Keras, and `data`, a plain value
+    such as a data set's `sha256`.
     `n_jobs` processes of one thread each compute; None means one per core, or a single one where a GPU is.
     Raises TypeError for arguments, results and global variables that are not such values, ValueError for `n_jobs` < 1.
     """
@@ -42,14 +42,14 @@ def run(function, grid, *, folder, n_jobs=None, label="", data=None) -> list[dic
         raise ValueError(f"n_jobs: got {n_jobs}, expected None or at least 1")
     base = [_code(function), versions("numpy", "tensorflow", "keras"), data]
     units = [(Path(folder) / function.__name__ / f"{_key(function, kwargs, base)}.npz", kwargs) for kwargs in grid]
-    results = {path: _load(path) for path, _ in units}
+    results, jobs = {path: _load(path) for path, _ in units}, min(jobs, len(units))
     for path, result in results.items():
         _EARLIER.setdefault(path, result["seconds"] / jobs if result else 0.0)
     todo = [(function, kwargs, path) for path, kwargs in dict(units).items() if results[path] is None]
     with (parallel_config("loky", inner_max_num_threads=1), tqdm(
             total=len(results), initial=len(results) - len(todo), desc=label or function.__name__, unit="unit",
             file=sys.stdout, ncols=80) as bar):
-        if jobs > 1 and len(units) > 1:  # also for the last unit of a resumed run: the number of threads changes sums
+        if jobs > 1:  # also for the last unit of a resumed run: the number of threads changes sums
             done = Parallel(jobs, return_as="generator_unordered", batch_size=1)(delayed(_compute)(*u, 1) for u in todo)
         else:
             done = (_compute(*unit) for unit in todo)
@@ -81,7 +81,7 @@ def _compute(function, kwargs, path, threads=None):
     except Exception as error:
         error.add_note(f"in the unit {function.__name__}({kwargs})")
         raise
-    result["seconds"] = time.perf_counter() - started
+    result = {**result, "seconds": time.perf_counter() - started}
     arrays = {f"array.{name}": value for name, value in result.items()
               if isinstance(value, np.ndarray) and not value.dtype.hasobject}
     index = {name: None if f"array.{name}" in arrays else _json(f"result {name!r}", value)

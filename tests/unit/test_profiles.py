@@ -8,9 +8,12 @@ import pytest
 from helpers.profiles import PROFILES, resolve
 
 TABLE = {
-    "smoke": {"n_train": 500, "epochs": 2, "epsilon": 0.1, "epsilons": [0.0, 0.1], "augment": False},
-    "quick": {"n_train": 5000, "epochs": 5, "epsilon": 0.1, "epsilons": [0.0, 0.1, 0.2], "augment": False},
-    "paper": {"n_train": None, "epochs": 50, "epsilon": 0.1, "epsilons": [0.0, 0.1, 0.2, 0.3], "augment": True},
+    "smoke": {"n_train": 500, "epochs": 2, "epsilon": 0.1, "epsilons": [0.0, 0.1], "augment": False,
+              "layers": None, "notes": []},
+    "quick": {"n_train": 5000, "epochs": 5, "epsilon": 0.1, "epsilons": [0.0, 0.1, 0.2], "augment": False,
+              "layers": [3, 5], "notes": []},
+    "paper": {"n_train": None, "epochs": 50, "epsilon": 0.1, "epsilons": [0.0, 0.1, 0.2, 0.3], "augment": True,
+              "layers": [3, 5], "notes": []},
 }
 
 
@@ -22,14 +25,15 @@ def test_a_profile_gives_its_own_settings(profile):
 
 
 @pytest.mark.parametrize("overrides", [{"epochs": 1}, {"epsilon": 1}, {"n_train": None}, {"n_train": 7},
-                                       {"augment": True}, {"epsilons": [0, 0.5]}, {"epsilons": []}, {}])
+                                       {"augment": True}, {"epsilons": [0, 0.5]}, {"epsilons": []}, {},
+                                       {"layers": [7]}, {"notes": ["any", 1]}])
 def test_overrides_win(overrides):
     assert resolve("quick", TABLE, overrides)._asdict() == {"profile": "quick", **TABLE["quick"], **overrides}
 
 
 @pytest.mark.parametrize("overrides", [{"epochs": 1.5}, {"epochs": "3"}, {"epochs": True}, {"epsilon": "0.1"},
                                        {"epsilon": None}, {"epsilons": 0.1}, {"epsilons": ["0.1"]},
-                                       {"epsilons": [[0.1]]}, {"augment": 1}, {"n_train": "all"}])
+                                       {"epsilons": [[0.1]]}, {"augment": 1}, {"n_train": "all"}, {"layers": [1.5]}])
 def test_an_override_of_the_wrong_type_is_refused(overrides):
     name = next(iter(overrides))
     with pytest.raises(TypeError, match=f"OVERRIDES: '{name}' got .*, expected "):
@@ -71,5 +75,5 @@ def test_settings_are_shown_copied_and_sent_to_a_process():
     settings = resolve("quick", TABLE, {"epochs": 3})
     assert "<td>epochs</td><td>3</td>" in settings._repr_html_()
     assert repr(settings) == ("Settings(profile='quick', n_train=5000, epochs=3, epsilon=0.1, "
-                              "epsilons=[0.0, 0.1, 0.2], augment=False)")
+                              "epsilons=[0.0, 0.1, 0.2], augment=False, layers=[3, 5], notes=[])")
     assert copy.deepcopy(settings)._asdict() == pickle.loads(pickle.dumps(settings))._asdict() == settings._asdict()

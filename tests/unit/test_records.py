@@ -70,7 +70,7 @@ def test_a_claim_with_an_unquoted_comma_is_refused(tmp_path):
         claims(path)
 
 
-def test_the_claims_of_an_installed_package_come_first(tmp_path, monkeypatch):
+def test_an_installed_package_brings_the_claims_along(tmp_path, monkeypatch):
     shutil.copy(ROOT / "book/claims.yml", tmp_path)
     monkeypatch.setattr(records, "_PACKAGE", tmp_path)
     assert claims() == claims(ROOT / "book/claims.yml")
@@ -106,6 +106,7 @@ def test_the_claims_of_an_installed_package_come_first(tmp_path, monkeypatch):
     ("02.order", {"a": [0.1, 0.1], "b": [-0.1, -0.1]}, {}, "not-reproduced"),
     ("02.choice", [0.1], {}, "reproduced"),
     ("02.choice", [0.1, 0.1, 0.1], {}, "reproduced"),
+    ("02.choice", np.float32([0.1]), {}, "reproduced"),
     ("02.choice", [0.05, 0.15], {}, "not-reproduced"),  # a mean that nobody chose
     ("02.choice", [1.0], {}, "not-reproduced"),
     ("02.choice", [1.0], {"choice_tie": True}, "reproduced"),
@@ -141,9 +142,7 @@ def test_a_claim_without_values_is_not_testable():
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=8))
 def test_the_measurement_is_the_sample_mean_and_deviation(values):
-    record = start()
-    record.claim(ORDER, values)
-    ours = record.claims[0].ours
+    ours = records._measure(values)
     assert ours.values == values and ours.n == len(values)
     assert ours.mean == pytest.approx(math.fsum(values) / len(values), abs=1e-6)
     assert ours.sd == pytest.approx(np.std(values, ddof=1) if len(values) > 1 else 0.0, abs=1e-6)
@@ -252,7 +251,8 @@ def test_the_file_follows_the_schema_of_the_design(tmp_path):
         {"id": ACCURACY, "ours": {"mean": 0.625, "sd": pytest.approx(0.1767767), "n": 2, "values": [0.5, 0.75]},
          "verdict": "not-reproduced", "note": "fewer images"},
         {"id": ORDER, "ours": None, "verdict": "not-testable", "note": "not run"}]
-    assert content["tables"] == {"networks": [{"name": "plain", "eps": 0.25, "n": 3, "deep": True, "no": None}]}
+    row = {"name": "plain", "eps": 0.25, "n": 3, "deep": True, "no": None}
+    assert repr(content["tables"]) == repr({"networks": [row]})  # 3 and not 3.0, True and not 1
     assert content["curves"] == {"accuracy": {"x": [0, 0.5], "series": {
         "normal": [[1, 0.5], [1, 0.25]], "mixed": [[1, 0.75]]}}}
     provenance = content["provenance"]
@@ -285,6 +285,28 @@ def test_a_value_spoiled_after_it_was_added_does_not_reach_the_file(tmp_path):
     with pytest.raises(ValueError, match="finite"):
         record.save(tmp_path)
     assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == [old]
+
+
+def test_a_failed_write_leaves_the_older_record(tmp_path, monkeypatch):
+    record = full_record()
+    old = record.save(tmp_path).read_text()
+
+    def full_disk(path, text, **options):
+        with open(path, "w") as file:
+            file.write(text[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OSError, match="cannot write .*quick.json: No space left on device"):
+        record.save(tmp_path)
+    assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == [old]
+
+
+def test_the_seconds_count_from_the_start(tmp_path):
+    record = start()
+    record.created = "2026-01-01T00:00:00Z"
+    assert Record.load(record.save(tmp_path)).provenance.seconds > 3600
+    assert Record.load(start().save(tmp_path)).provenance.seconds < 60
 
 
 @pytest.mark.parametrize("spoil", [
@@ -396,13 +418,16 @@ def test_outside_a_repository_the_version_stands_in(checkout, monkeypatch):
     assert records._revision() == expected  # installed inside somebody else's repository
 
 
-def test_the_device_is_the_gpu_where_tensorflow_sees_one(monkeypatch):
+def test_the_device_is_the_gpu_where_tensorflow_sees_one(tmp_path, monkeypatch):
     config = SimpleNamespace(list_physical_devices=lambda kind: [SimpleNamespace(name="/gpu:0")],
                              experimental=SimpleNamespace(get_device_details=lambda gpu: {"device_name": "Tesla T4"}))
     monkeypatch.setitem(sys.modules, "tensorflow", SimpleNamespace(config=config))
     assert start().provenance.device == "Tesla T4"
     monkeypatch.delitem(sys.modules, "tensorflow")
-    assert start().provenance.device not in ("", "Tesla T4")
+    record = start()
+    assert record.provenance.device not in ("", "Tesla T4")
+    monkeypatch.setitem(sys.modules, "tensorflow", SimpleNamespace(config=config))  # imported after the start
+    assert Record.load(record.save(tmp_path)).provenance.device == "Tesla T4"
 
 
 def test_a_record_does_not_load_tensorflow():

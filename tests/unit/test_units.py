@@ -39,6 +39,11 @@ def forgets_to_return():
     everything()
 
 
+def sleeps(seconds):
+    time.sleep(seconds)
+    return {"slept": True}
+
+
 def nothing():
     return {}
 
@@ -64,12 +69,13 @@ def uses_an_array():
 
 
 def equal(one, other):
-    """Same keys in the same order, same types, same values."""
+    """Same keys in the same order, same types, same values, but for the seconds, which come last."""
     def exact(value):
         return (value.dtype, value.shape, value.tobytes()) if isinstance(value, np.ndarray) else repr(value)
 
-    return [(key, type(value), exact(value)) for key, value in one.items()] == [
-        (key, type(value), exact(value)) for key, value in other.items()]
+    assert list(one)[-1] == "seconds" and 0 <= one["seconds"] < 60
+    return [(key, type(value), exact(value)) for key, value in one.items() if key != "seconds"] == [
+        (key, type(value), exact(value)) for key, value in other.items() if key != "seconds"]
 
 
 def calls(log):
@@ -97,7 +103,7 @@ def test_each_type_comes_back_as_it_went_the_first_time_and_later(tmp_path):
     for _ in range(2):
         [found] = units.run(everything, [{}], folder=tmp_path, n_jobs=1)
         assert equal(found, expected)
-        assert units.run(nothing, [{}], folder=tmp_path, n_jobs=1) == [{}]
+        assert equal(*units.run(nothing, [{}], folder=tmp_path, n_jobs=1), {})
     with np.load(next((tmp_path / "everything").iterdir()), allow_pickle=False) as members:
         assert len(members.files) == 1 + sum(isinstance(value, np.ndarray) for value in expected.values())
 
@@ -158,7 +164,26 @@ def test_no_pickle_is_loaded(tmp_path):
     path = next((tmp_path / "nothing").iterdir())
     np.savez(path, index='{"a": null}', **{"array.a": np.array([{"a": 1}], dtype=object)})
     with pytest.warns(UserWarning, match="corrupt .*allow_pickle=False"):
-        assert units.run(nothing, [{}], folder=tmp_path, n_jobs=1) == [expected]
+        assert equal(*units.run(nothing, [{}], folder=tmp_path, n_jobs=1), expected)
+
+
+def test_the_seconds_of_an_earlier_run_are_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(units, "_EARLIER", {})
+    grid = [{"seconds": 0.1}, {"seconds": 0.2}]
+    first = units.run(sleeps, grid, folder=tmp_path, n_jobs=1)
+    units.run(sleeps, grid, folder=tmp_path, n_jobs=1)
+    assert units.earlier_seconds() == 0, "this run's clock has counted them"
+    assert [0.1 <= result["seconds"] < 5 and result["slept"] is True for result in first] == [True, True]
+    monkeypatch.setattr(units, "_EARLIER", {})
+    for _ in range(2):
+        assert units.run(sleeps, grid, folder=tmp_path, n_jobs=1) == first
+        assert units.earlier_seconds() == sum(result["seconds"] for result in first)
+    monkeypatch.setattr(units, "_EARLIER", {})
+    units.run(sleeps, grid, folder=tmp_path, n_jobs=2)
+    assert units.earlier_seconds() == sum(result["seconds"] for result in first) / 2
+    monkeypatch.setattr(units, "_EARLIER", {})
+    units.run(sleeps, grid[:1], folder=tmp_path, n_jobs=2)
+    assert units.earlier_seconds() == first[0]["seconds"], "one unit runs alone"
 
 
 # ── what makes a unit run again ───────────────────────────────────────────────────────────────────────────────────────
@@ -375,9 +400,9 @@ def test_functions_of_a_notebook_run_in_processes_and_follow_edits(tmp_path):
              "assert units.run(unit, grid, folder='kept', n_jobs=2)[0]['value'] == 6.1 and count() == 6",
              "class Layer:\n    def call(self, x):\n        return x + 2",
              "grid = [{'n': 2}, {'n': 3}]\n"
-             "assert units.run(recursive, grid, folder='kept', n_jobs=2)[0] == {'even': True, 'called': 4}",
+             "assert units.run(recursive, grid, folder='kept', n_jobs=2)[0]['called'] == 4",
              "class Layer:\n    def call(self, x):\n        return x + 5",
-             "assert units.run(recursive, grid, folder='kept', n_jobs=2)[0] == {'even': True, 'called': 7}"]
+             "assert units.run(recursive, grid, folder='kept', n_jobs=2)[0]['called'] == 7"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     nbformat.write(notebook, tmp_path / "notebook.ipynb")
     done = papermill.execute_notebook(tmp_path / "notebook.ipynb", tmp_path / "done.ipynb", kernel_name="python3",
