@@ -47,7 +47,7 @@ def security_curve(model, x, y, grid, *, norm="linf", seed=0, **options):
     -------
     (len(grid), n) bool, True where the image is still classified correctly; its row means are the curve.
     """
-    if not (np.isfinite(grid).all() and min(grid) >= 0 and (np.diff(grid) > 0).all()):
+    if not (len(grid) and np.isfinite(grid).all() and min(grid) >= 0 and (np.diff(grid) > 0).all()):
         raise ValueError(f"grid is {list(grid)}; expected rising eps values >= 0")
     standing, start = correct(model, x, y), x.copy()
     rows = []

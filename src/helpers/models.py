@@ -88,8 +88,10 @@ def save(model, folder):
     return path.name
 
 
-def load(path):
+def load(path, seed=0):
     """The network of a file that `save` wrote, compared with the SHA-256 in its name.
+
+    Sets Keras' random seed, from which the network's dropout draws its masks if it is trained further.
 
     Raises
     ------
@@ -99,6 +101,7 @@ def load(path):
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no network {path}; remove the folder 'units' beside its folder and run again")
+    keras.utils.set_random_seed(seed)
     try:
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
     except Exception as error:

@@ -77,6 +77,8 @@ def fit(
     check_images(x)
     y = np.asarray(y)
     check_labels(y, len(x), check_logits(model, x).shape[1])
+    if validation is not None:
+        score(model, *validation)  # refuses bad data before the first epoch, not after it
     for name, value in {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}.items():
         if not value > 0:
             raise ValueError(f"{name} is {value}; expected a number > 0")
