@@ -9,6 +9,11 @@ READY := .venv/.ready
 HELPERS := $(BIN)/python -m helpers
 CHAPTERS := $(foreach name,$(CHAPTER),--chapter $(name))
 
+export PYTHONUTF8 := 1
+ifneq ($(HELPERS_DATA),)
+export HELPERS_DATA := $(abspath $(HELPERS_DATA))
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help book test paper bench lint clean
 

@@ -21,7 +21,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import get_args
 
 import jinja2
 import nbformat
@@ -31,7 +30,7 @@ import yaml
 
 from helpers.files import atomic
 from helpers.profiles import PROFILES
-from helpers.records import Record, Verdict, claims
+from helpers.records import Record, claims
 
 LIMITS = {"smoke": (300, 600), "quick": (1200, 2400), "paper": (12 * 3600, 24 * 3600)}  # seconds: a cell, a chapter
 MAX_BYTES = 2_000_000  # of an executed copy in the repository
@@ -85,24 +84,15 @@ def execute(book: Book, chapters: list[str]) -> None:
     jobs = max(1, min(len(chapters), cores if book.profile == "smoke" else cores // 4))  # other units use all cores
     with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
         futures = {name: pool.submit(_execute, book, name, LIMITS[book.profile], cores // jobs) for name in chapters}
-    with atomic(book.output / "status.json") as path:
-        path.write_text(json.dumps(status(book), indent=1))
     errors = {name: future.exception() for name, future in futures.items() if future.exception()}
     if errors:
         raise BookError("\n".join(f"{name}, profile {book.profile}: {error}" for name, error in errors.items()))
 
 
-def status(book: Book) -> list[dict]:
-    """The last run of each chapter and profile on this machine: seconds, verdicts, date, versions, hardware."""
+def status(book: Book) -> list[Record]:
+    """Records of the last run of each chapter and profile on this machine."""
     runs = [Record.load(path) for path in sorted(book.output.glob("results/*/*.json"))]
-    return [_facts(run) for run in runs if book.run(run.chapter, run.profile)[0].exists()]
-
-
-def _facts(record):
-    found = [claim.verdict for claim in record.claims]
-    return {"chapter": record.chapter, "profile": record.profile, "created": record.created,
-            "verdicts": {verdict: found.count(verdict) for verdict in get_args(Verdict)},
-            **record.provenance.model_dump(exclude={"datasets"})}
+    return [run for run in runs if book.run(run.chapter, run.profile)[0].exists()]
 
 
 def _execute(book, chapter, limits, threads):
@@ -152,16 +142,16 @@ def _failure(source, partial, error, limits):
     return f"cell {number} `{tried[-1].source.strip().splitlines()[0]}`: {(reasons or [repr(error)])[0]}"
 
 
-def publish(book: Book, chapter: str) -> list[Path]:
-    """Copy the run's notebook and record under `book/`, to be committed; BookError when the notebook is too large."""
+def publish(book: Book, chapter: str) -> None:
+    """Copy the run's notebook and record under `book/`; BookError when the notebook has changed or is too large."""
     (ran, record), (executed, paper) = book.run(chapter), book.committed(chapter)
-    text = nbformat.writes(_graft(book, chapter, ran)) + "\n"
-    if len(text.encode()) > MAX_BYTES:
-        raise BookError(f"{chapter}: the executed copy has more than {MAX_BYTES:,} bytes: use smaller figures")
+    if (page := _graft(book, chapter, ran)) is None:
+        raise BookError(f"{chapter}: the notebook's code has changed since {ran} was run")
+    if len(text := nbformat.writes(page) + "\n") > MAX_BYTES:
+        raise BookError(f"{chapter}: the executed copy has {len(text):,} bytes, more than {MAX_BYTES:,}")
     for path, content in ((executed, text), (paper, record.read_text())):
         with atomic(path) as temporary:
             temporary.write_text(content)
-    return [executed, paper]
 
 
 def _graft(book, chapter, executed):
@@ -188,27 +178,25 @@ def _graft(book, chapter, executed):
 def _with_figures(page, folder, chapter):
     """Turn every figure into a MyST figure, with the alternative text and caption that its output brings along."""
     for cell in page.cells:
-        for n, output in enumerate(cell.get("outputs", [])):
-            if about := output.get("metadata", {}).get("image/png"):
-                name = f"{chapter}-{cell.id}-{n}.png"
-                (folder / name).write_bytes(base64.b64decode(output.data["image/png"]))
-                text = f"{name}\n:alt: {json.dumps(about['alt'], ensure_ascii=False)}\n:name: fig-{cell.id}"
-                output.data = {"text/markdown": f":::{{figure}} {text}\n\n{about.get('caption', '')}\n:::"}
+        figures = [output for output in cell.get("outputs", []) if "image/png" in output.get("metadata", {})]
+        for label, output in zip([cell.id, *(f"{cell.id}-{n}" for n in range(2, 99))], figures, strict=False):
+            about, name = output.metadata["image/png"], f"{chapter}-{label}.png"
+            (folder / name).write_bytes(base64.b64decode(output.data["image/png"]))
+            options = f":alt: {json.dumps(about['alt'], ensure_ascii=False)}\n:name: fig-{label}"
+            output.data = {"text/markdown": f":::{{figure}} {name}\n{options}\n\n{about.get('caption', '')}\n:::"}
     return page
 
 
 def ledger(book: Book) -> pd.DataFrame:
-    """Every claim of the papers, and what the committed paper-profile records found: a row a claim and column of it."""
-    known = claims(book.root / "book/claims.yml")
-    found = [Record.load(path).comparison() for path in sorted(book.root.glob("book/results/*/paper.json"))]
-    done = {name for frame in found for name in frame["Claim"]}
-    rest = [{"Claim": claim.id, "What": ": ".join(filter(None, (claim.what or claim.where, part))), "Ours": "–",
-             "Paper": "–" if value is None else f"{value:g}", "Verdict": "no record yet", "Note": ""}
-            for claim in known.values() if claim.id not in done
-            for part, value in (claim.value if isinstance(claim.value, dict) else {"": claim.value}).items()]
-    frame = pd.concat([*found, pd.DataFrame(rest)], ignore_index=True)
-    frame.insert(1, "Where", [known[name].where for name in frame["Claim"]])
-    return frame.sort_values("Claim", key=lambda names: names.map(list(known).index), kind="stable")
+    """Every claim of the papers, and what the committed paper-profile records found for it."""
+    known, records = claims(book.root / "book/claims.yml"), sorted(book.root.glob("book/results/*/paper.json"))
+    found = [row for path in records for row in Record.load(path).comparison().to_dict("records")]
+    done = {row["Claim"] for row in found}
+    rest = [{"Claim": name, "What": claim.what or claim.where, "Ours": "–", "Verdict": "no record yet", "Note": "",
+             "Paper": "–" if claim.value is None else str(claim.value).strip("{}").replace("'", "")}
+            for name, claim in known.items() if name not in done]
+    rows = [{"Where": known[row["Claim"]].where} | row for row in found + rest]
+    return pd.DataFrame(sorted(rows, key=lambda row: list(known).index(row["Claim"])))
 
 
 def stage(book: Book) -> None:
@@ -224,7 +212,7 @@ def stage(book: Book) -> None:
     for name in ("notebooks", "book/downloads", "book/_static"):
         (stage / name).mkdir(exist_ok=True)
     pages = jinja2.Environment(loader=jinja2.FileSystemLoader(book.root / "book"), trim_blocks=True, autoescape=True)
-    shown = [_stage_chapter(book, chapter, stage, pages.get_template("card.md.jinja")) for chapter in book.chapters()]
+    shown = {chapter: _stage_chapter(book, chapter, stage, pages) for chapter in book.chapters()}
     frame, papers = ledger(book), yaml.safe_load((book.root / "book/claims.yml").read_text())["papers"]
     frame.to_csv(stage / "book/downloads/ledger.csv", index=False)
     frame.to_json(stage / "book/downloads/ledger.json", orient="records", indent=1, force_ascii=False)
@@ -236,22 +224,21 @@ def stage(book: Book) -> None:
         (stage / "book" / name).write_text(pages.get_template(f"{name}.jinja").render(data, runs=status(book)))
 
 
-def _stage_chapter(book, chapter, stage, card):
-    """Write a chapter's page and downloads; return the facts of what its page shows."""
-    choices = [book.committed(chapter), book.run(chapter)][book.show == "run":]
+def _stage_chapter(book, chapter, stage, pages):
+    """Write a chapter's page and downloads; return the record that goes with it, None where there is no fresh run."""
+    choices, downloads = [book.committed(chapter), book.run(chapter)][book.show == "run":], stage / "book/downloads"
     found = [(page, Record.load(record)) for executed, record in choices if (page := _graft(book, chapter, executed))]
     page, record = found[0] if found else (book.source(chapter), None)
-    facts, downloads = {"chapter": chapter, "profile": None}, stage / "book/downloads"
     nbformat.write(page, downloads / f"{chapter}.ipynb")
     if record:
-        facts |= _facts(record)
         (downloads / f"{chapter}.json").write_text(record.model_dump_json(indent=1))
         record.comparison().to_csv(downloads / f"{chapter}.csv", index=False)
-    known = [path for path in [*(book.run(chapter, name)[1] for name in PROFILES), book.committed(chapter)[1]]]
+    known = [*(book.run(chapter, name)[1] for name in PROFILES), book.committed(chapter)[1]]
     times = {path.stem: Record.load(path).provenance.seconds for path in known if path.exists()}
-    page.cells.insert(1, nbformat.v4.new_markdown_cell(card.render(facts, times=times), id="card"))
+    card = pages.get_template("card.md.jinja").render(chapter=chapter, record=record, times=times)
+    page.cells.insert(1, nbformat.v4.new_markdown_cell(card, id="card"))
     nbformat.write(_with_figures(page, stage / "notebooks", chapter), stage / f"notebooks/{chapter}.ipynb")
-    return facts
+    return record
 
 
 def build(book: Book) -> Path:

@@ -1,11 +1,14 @@
 """The command line, `python -m helpers`: the Makefile's targets are thin names for it."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import click
 
 from helpers import __version__
+from helpers.book import Book, BookError, build, execute, publish, stage
+from helpers.book import status as runs
 from helpers.profiles import PROFILES
 
 _chapter = click.option("--chapter", "chapters", multiple=True, metavar="NAME",
@@ -19,8 +22,6 @@ class _Group(click.Group):
     """Errors that a user can act on end the command with their message instead of a traceback."""
 
     def invoke(self, context):
-        from helpers.book import BookError
-
         try:
             return super().invoke(context)
         except (BookError, ValueError, OSError) as error:
@@ -44,13 +45,10 @@ def main():
               help="auto: a page shows the committed paper run while its code is unchanged. run: always this run.")
 def book(profile, chapters, show):
     """Execute the chapters, then render the site."""
-    from helpers.book import build, execute, stage
-
-    this = _book(profile, show)
-    execute(this, this.chapters(*chapters))
+    this = _run(profile, chapters, show)
     stage(this)
     site = build(this)
-    _print_status(this)
+    _print_runs(this)
     click.echo(f"\nThe book is at {site}")
 
 
@@ -59,42 +57,39 @@ def book(profile, chapters, show):
 @_chapter
 def run(profile, chapters):
     """Execute the chapters without rendering the site."""
-    from helpers.book import execute
-
-    this = _book(profile)
-    execute(this, this.chapters(*chapters))
-    _print_status(this)
+    _print_runs(_run(profile, chapters))
 
 
 @main.command()
 @_chapter
 def paper(chapters):
     """Execute in profile paper (hours, resumable) and put the results under book/."""
-    from helpers.book import execute, publish
-
-    this = _book("paper")
-    execute(this, this.chapters(*chapters))
+    this = _run("paper", chapters)
     for chapter in this.chapters(*chapters):
-        click.echo("to be committed: {} {}".format(*publish(this, chapter)))
+        publish(this, chapter)
+        click.echo("to be committed: {} {}".format(*this.committed(chapter)))
 
 
 @main.command()
 def status():
     """Show the last run of each chapter on this machine."""
-    _print_status(_book())
+    _print_runs(_book())
 
 
 def _book(profile="smoke", show="auto"):
-    from helpers.book import Book
-
     if not Path("_config.yml").exists():
         raise click.ClickException(f"no _config.yml in {Path.cwd()}: run this in the folder of the book's checkout")
     return Book(Path.cwd(), Path(os.environ.get("HELPERS_OUTPUT", "_build")).resolve(), profile, show)
 
 
-def _print_status(this):
-    from helpers.book import status
+def _run(profile, chapters, show="auto"):
+    this = _book(profile, show)
+    execute(this, this.chapters(*chapters))
+    return this
 
-    for row in status(this):
-        verdicts = ", ".join(f"{n} {verdict}" for verdict, n in row["verdicts"].items() if n)
-        click.echo(f"{row['chapter']:40} {row['profile']:6} {row['seconds']:7.0f} s  {verdicts}")
+
+def _print_runs(this):
+    for run in runs(this):
+        verdicts = Counter(claim.verdict for claim in run.claims)
+        text = ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items())
+        click.echo(f"{run.chapter:40} {run.profile:6} {run.provenance.seconds:7.0f} s  {text}")

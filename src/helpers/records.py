@@ -163,9 +163,8 @@ class Record(_Strict):
         if values is None and not note:
             raise ValueError(f"note: {id!r} has no values, expected a note that says why")
         parts = values if isinstance(values, Mapping) else {} if values is None else {"": values}
-        papers = claim.value if isinstance(claim.value, dict) else {"": claim.value}
-        if claim.value is None:
-            papers = dict.fromkeys(parts)  # a statement has the columns that we give it
+        columns = parts if claim.value is None else [""]  # a statement has the columns that we give it
+        papers = claim.value if isinstance(claim.value, dict) else dict.fromkeys(columns, claim.value)
         if values is not None and (not parts or parts.keys() != papers.keys()):
             raise ValueError(f"values: got {sorted(parts)}, expected the columns {sorted(papers)} of {id!r}")
         ours = {part: _measure(seeds) for part, seeds in parts.items()}

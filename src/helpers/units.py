@@ -46,9 +46,10 @@ def run(function, grid, *, folder, n_jobs=None, label="", data=None) -> list[dic
     for path, result in results.items():
         _EARLIER.setdefault(path, result["seconds"] / jobs if result else 0.0)
     todo = [(function, kwargs, path) for path, kwargs in dict(units).items() if results[path] is None]
-    with (parallel_config("loky", inner_max_num_threads=1), tqdm(
+    with (warnings.catch_warnings(), parallel_config("loky", inner_max_num_threads=1), tqdm(
             total=len(results), initial=len(results) - len(todo), desc=label or function.__name__, unit="unit",
             file=sys.stdout, ncols=80) as bar):
+        warnings.filterwarnings("ignore", "A worker stopped")  # joblib replaces one that TensorFlow has made large
         if jobs > 1:  # also for the last unit of a resumed run: the number of threads changes sums
             done = Parallel(jobs, return_as="generator_unordered", batch_size=1)(delayed(_compute)(*u, 1) for u in todo)
         else:

@@ -166,6 +166,6 @@ def test_the_ledger_shows_every_claim(folder):
 
 def test_the_status_page_lists_this_run(site, folder):
     text = (folder / "book/status.html").read_text()
-    assert [row["chapter"] for row in status(site)] == site.chapters()
-    for row in status(site):
-        assert f"<td>{row['chapter'].replace('_', ' ')}</td><td>smoke</td>" in text
+    assert [run.chapter for run in status(site)] == site.chapters()
+    for run in status(site):
+        assert f"<td>{run.chapter.replace('_', ' ')}</td><td>smoke</td>" in text

@@ -368,6 +368,16 @@ def test_a_network_without_gradients_is_attacked_without_success(mask):
     np.testing.assert_array_equal(attacks.bim(lambda x: LINEAR(mask(x)), X, Y % 2, 0.1), X)
 
 
+def test_a_gradient_that_is_not_finite_is_an_error():
+    x = X.copy()
+    x[:, 0, 0] = 0.5  # where the derivative of the root is infinite
+    cusps = lambda x: tf.reduce_sum(tf.sqrt(tf.abs(x - 0.5)), axis=(1, 2)) * [1.0, -1.0]  # noqa: E731
+    for attack in (lambda: attacks.fgsm(cusps, x, Y % 2, 0.1),
+                   lambda: attacks.pgd(cusps, x, Y % 2, ThreatModel("l2", 0.1), steps=3, start=x)):  # fmt: skip
+        with pytest.raises(FloatingPointError, match="gradient is not finite"):
+            attack()
+
+
 def test_l2_steps_keep_their_length_on_a_confident_network():
     """The gradients are about 1e-27: their squares underflow in float32, their signs do not."""
     confident, y = linear(w=8 * W, bias=-90.0), np.zeros(N, int)

@@ -35,6 +35,12 @@ def everything():
             "float32s": [np.float32(0.5)], "bool_": np.bool_(False)}
 
 
+def grows(number):
+    time.sleep(1.1)  # joblib looks at most once a second
+    sys.grown = np.ones((number + 1) * 10**7)
+    return {"number": number, "pid": os.getpid()}
+
+
 def forgets_to_return():
     everything()
 
@@ -374,6 +380,14 @@ def test_units_share_a_gpu_one_after_the_other(tmp_path, monkeypatch, gpu, elsew
     monkeypatch.setattr(units, "cpu_count", lambda: 2)
     found = units.run(environment, [{"number": 0}, {"number": 1}], folder=tmp_path)
     assert all((result["pid"] != os.getpid()) == elsewhere for result in found)
+
+
+def test_a_process_that_has_grown_is_replaced_without_a_word(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = units.run(grows, [{"number": number} for number in range(6)], folder=tmp_path, n_jobs=2)
+    assert [result["number"] for result in found] == list(range(6))
+    assert len({result["pid"] for result in found}) > 2
 
 
 def test_progress_is_one_line(tmp_path, capsys):
