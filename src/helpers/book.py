@@ -168,7 +168,7 @@ def _graft(book, chapter, executed):
     folders = [book.root, book.output, sys.prefix, os.environ.get("HELPERS_DATA") or sys.prefix, Path.home(),
                tempfile.gettempdir()]
     names = "|".join(re.escape(f"{folder}/") for folder in sorted(map(str, folders), key=len, reverse=True))
-    path = re.compile(rf"(?<![\w+/])(?:{names})(?:ipykernel_\d+/)?")
+    path = re.compile(rf"(?:(?<![\w+/])|(?<=\\n))(?:{names})(?:ipykernel_\d+/)?")  # \\n: a new line in JSON
     for cell, done in zip(cells, ran, strict=True):
         outputs = json.loads(path.sub("", json.dumps(done.outputs)))
         cell.outputs, cell.execution_count = [nbformat.from_dict(output) for output in outputs], done.execution_count
