@@ -270,6 +270,13 @@ def test_compaction_beats_the_same_images(seed, ball, targeted):
     np.testing.assert_allclose(compact[standing], whole[standing], atol=1e-6)
 
 
+def test_every_restart_begins_elsewhere():
+    hard, y = linear(bias=-9.0), np.zeros(N, int)
+    options = {"threat": ThreatModel("linf", 0.1), "steps": 1, "step_size": 1e-3}
+    one, four = (margins(hard, attacks.pgd(hard, X, y, restarts=n, **options), y) for n in (1, 4))
+    assert (four > one + 1e-4).mean() > 0.5
+
+
 def test_compaction_is_tested_on_images_of_both_kinds():
     x, y = rng_images(20, 0), np.arange(20) % 3
     for norm, eps in (("linf", 0.05), ("l2", 0.25)):

@@ -170,6 +170,22 @@ def test_a_curve_is_no_weaker_than_single_attacks(network):
         assert row.mean() <= alone.mean() + 0.05
 
 
+def test_a_curve_attacks_what_stands_from_where_the_last_radius_ended(network, monkeypatch):
+    sound, calls = attacks.pgd, []
+
+    def pgd(model, x, y, threat, *, start, **options):
+        calls.append((threat.eps, len(x), start, sound(model, x, y, threat, start=start, **options)))
+        return calls[-1][-1]
+
+    monkeypatch.setattr(attacks, "pgd", pgd)
+    curve = evaluation.security_curve(network, X, Y, [0, 0.02, 0.05, 0.1], steps=5)
+    assert [eps for eps, *_ in calls] == [0.02, 0.05, 0.1]
+    assert [n for _, n, *_ in calls] == curve[:-1].sum(axis=1).tolist()
+    assert calls[0][2] is None  # nothing to go on from yet: a random start
+    for (*_, found), (*_, start, _), row, before in zip(calls, calls[1:], curve[1:], curve, strict=False):
+        np.testing.assert_array_equal(start, found[row[before]])
+
+
 def test_a_curve_passes_its_options_on(network):
     weak, strong = (evaluation.security_curve(network, X, Y, [0.05], **options)[0].mean() for options in (
         {"steps": 1, "step_size": 1e-6}, {"steps": 10, "restarts": 2, "losses": ("margin",)}))  # fmt: skip
@@ -180,16 +196,11 @@ def test_a_curve_passes_its_options_on(network):
         evaluation.security_curve(network, X, Y, [0.05], norm="l1")
 
 
-@pytest.mark.parametrize("grid", [[0.1, 0.1], [0.2, 0.1], [-0.1, 0.1], [-0.2, -0.1], [0, np.nan], [np.nan],
+@pytest.mark.parametrize("grid", [[], [0.1, 0.1], [0.2, 0.1], [-0.1, 0.1], [-0.2, -0.1], [0, np.nan], [np.nan],
                                   [0, np.inf]], ids=str)  # fmt: skip
 def test_grids_that_do_not_rise_are_refused(grid):
     with pytest.raises(ValueError, match="grid is"):
         evaluation.security_curve(linear, X, Y, grid, steps=1)
-
-
-def test_an_empty_grid_is_refused():
-    with pytest.raises(ValueError):
-        evaluation.security_curve(linear, X, Y, [])
 
 
 def test_a_grid_in_0_to_255_units_is_refused():
