@@ -6,6 +6,7 @@ CHAPTER ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
+PEERS := _build/bench-peers/.ready
 HELPERS := $(BIN)/python -m helpers
 CHAPTERS := $(foreach name,$(CHAPTER),--chapter $(name))
 
@@ -29,8 +30,8 @@ test: $(READY) ## run every test, the notebooks' smoke runs and the rendered sit
 paper: $(READY) ## run the paper profile for hours, resumable, and put its results under book/ [CHAPTER=02]
 	@$(HELPERS) paper $(CHAPTERS)
 
-bench: $(READY) ## measure the attacks against other libraries
-	@$(BIN)/python -m tests.benchmarks
+bench: $(PEERS) ## measure the attacks against other libraries
+	@PYTHONPATH=_build/bench-peers $(BIN)/python tests/benchmarks/bench.py $(BENCH)
 
 lint: $(READY) ## check style, spelling, notebooks without outputs and the workflows
 	@$(BIN)/ruff check .
@@ -40,6 +41,11 @@ lint: $(READY) ## check style, spelling, notebooks without outputs and the workf
 
 clean: ## remove what was made, except the finished units of paper runs (_build/units) and .venv
 	@[ ! -d _build ] || find _build -mindepth 1 -maxdepth 1 ! -name units -exec rm -r {} +
+
+$(PEERS): tests/benchmarks/requirements.lock $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --upgrade \
+	  --target $(@D) --requirement $<
+	@touch $@
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
