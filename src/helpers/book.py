@@ -108,16 +108,17 @@ def _execute(book, chapter, limits, threads):
     target.unlink(missing_ok=True)  # or a failed run would leave an earlier one's output in its place
     record.unlink(missing_ok=True)
     bar = {"desc": f"{chapter} [{book.profile}]", "bar_format": "{desc}: cell {n_fmt} of {total_fmt}, {elapsed}"}
-    with atomic(target) as partial:
+    with atomic(target) as partial, open(target.with_suffix(".log"), "w") as log:
+        sys.stderr = os.fdopen(os.dup(2), "w")  # the progress line stays; what the kernel's libraries say is kept apart
+        os.dup2(log.fileno(), 2)
         try:
             papermill.execute_notebook(
                 book.root / f"notebooks/{chapter}.ipynb", partial, {"PROFILE": book.profile}, kernel_name="python3",
                 progress_bar=bar, cwd=book.root / "notebooks", coalesce_streams=True,
-                timeout_func=lambda cell: max(1, min(limits[0], start + limits[1] - time.monotonic())),
-                extra_arguments=["--log-level=CRITICAL"])  # of the kernel's own log; a cell's error comes as output
+                timeout_func=lambda cell: max(1, min(limits[0], start + limits[1] - time.monotonic())))
         except Exception as error:
             record.unlink(missing_ok=True)
-            raise BookError(_failure(book.source(chapter), partial, error, limits)) from None
+            raise BookError(f"{_failure(book.source(chapter), partial, error, limits)} (log: {log.name})") from None
         if not record.exists():
             raise BookError(f"the notebook ended without saving its record, {record}")
 
@@ -152,12 +153,13 @@ def publish(book: Book, chapter: str) -> None:
     for path, content in ((executed, text), (paper, record.read_text())):
         with atomic(path) as temporary:
             temporary.write_text(content)
+    _at_a_glance(ledger(book), book.root)  # for the README
 
 
 def _graft(book, chapter, executed):
     """The source notebook with the outputs of an executed copy, or None when their code cells differ: a stale copy.
 
-    The prose is the source's, what papermill injected stays behind, and this machine's paths are cut from the outputs.
+    The prose is the source's. What papermill injected, what libraries logged and this machine's paths stay behind.
     """
     page, ran = book.source(chapter), nbformat.read(executed, 4).cells if executed.exists() else []
     cells = [cell for cell in page.cells if cell.cell_type == "code"]
@@ -165,13 +167,13 @@ def _graft(book, chapter, executed):
            if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])]
     if [cell.source for cell in cells] != [cell.source for cell in ran]:
         return None
-    folders = [book.root, book.output, sys.prefix, os.environ.get("HELPERS_DATA") or sys.prefix, Path.home(),
-               tempfile.gettempdir()]
-    names = "|".join(re.escape(f"{folder}/") for folder in sorted(map(str, folders), key=len, reverse=True))
-    path = re.compile(rf"(?:(?<![\w+/])|(?<=\\n))(?:{names})(?:ipykernel_\d+/)?")  # \\n: a new line in JSON
+    data = os.environ.get("HELPERS_DATA") or sys.prefix
+    folders = map(str, [book.root, book.output, data, sys.prefix, Path.home(), tempfile.gettempdir()])
+    names = "|".join(re.escape(f"{folder}/") for folder in sorted(folders, key=len, reverse=True))
     for cell, done in zip(cells, ran, strict=True):
-        outputs = json.loads(path.sub("", json.dumps(done.outputs)))
-        cell.outputs, cell.execution_count = [nbformat.from_dict(output) for output in outputs], done.execution_count
+        outputs = [output for output in done.outputs if output.get("name") != "stderr"]
+        cell.outputs = nbformat.from_dict(json.loads(re.sub(rf"(?<![\w+/])(?:{names})", "", json.dumps(outputs))))
+        cell.execution_count = done.execution_count
     return page
 
 
@@ -189,37 +191,47 @@ def _with_figures(page, folder, chapter):
 
 def ledger(book: Book) -> pd.DataFrame:
     """Every claim of the papers, and what the committed paper-profile records found for it."""
-    known, records = claims(book.root / "book/claims.yml"), sorted(book.root.glob("book/results/*/paper.json"))
+    path, records = book.root / "book/claims.yml", sorted(book.root.glob("book/results/*/paper.json"))
+    known, papers = claims(path), yaml.safe_load(path.read_text())["papers"]
     found = [row for path in records for row in Record.load(path).comparison().to_dict("records")]
     done = {row["Claim"] for row in found}
     rest = [{"Claim": name, "What": claim.what or claim.where, "Ours": "–", "Verdict": "no record yet", "Note": "",
              "Paper": "–" if claim.value is None else str(claim.value).strip("{}").replace("'", "")}
             for name, claim in known.items() if name not in done]
-    rows = [{"Where": known[row["Claim"]].where} | row for row in found + rest]
-    return pd.DataFrame(sorted(rows, key=lambda row: list(known).index(row["Claim"])))
+    frame = pd.DataFrame(sorted(found + rest, key=lambda row: list(known).index(row["Claim"])))
+    frame.insert(0, "Title", [f"{name[:2]} {papers[name[:2]]['short']}" for name in frame["Claim"]])
+    frame.insert(2, "Where", [known[name].where for name in frame["Claim"]])
+    return frame
+
+
+def _at_a_glance(frame, folder):
+    """Draw how many claims of each paper have which verdict; return the numbers: title -> verdict -> number."""
+    from helpers.figures import verdict_bars
+
+    each = frame.drop_duplicates("Claim")
+    counts = pd.crosstab(each["Title"], each["Verdict"]).to_dict("index")
+    with atomic(folder / "book/_static/at-a-glance.png") as path:
+        verdict_bars(counts).savefig(path, dpi=150)
+    return counts
 
 
 def stage(book: Book) -> None:
     """Lay out what Sphinx reads in output/stage: the pages, the notebooks with outputs and card, ledger and status."""
-    from helpers.figures import verdict_bars
-
     stage = book.output / "stage"
     shutil.rmtree(stage, ignore_errors=True)
     unshown = shutil.ignore_patterns("executed", "results", "*.jinja")
     shutil.copytree(book.root / "book", stage / "book", ignore=unshown)
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(book.root / name, stage)
-    for name in ("notebooks", "book/downloads", "book/_static"):
-        (stage / name).mkdir(exist_ok=True)
+    for name in ("notebooks", "book/downloads"):
+        (stage / name).mkdir()
     pages = jinja2.Environment(loader=jinja2.FileSystemLoader(book.root / "book"), trim_blocks=True, autoescape=True)
-    shown = {chapter: _stage_chapter(book, chapter, stage, pages) for chapter in book.chapters()}
-    frame, papers = ledger(book), yaml.safe_load((book.root / "book/claims.yml").read_text())["papers"]
+    frame = ledger(book)
     frame.to_csv(stage / "book/downloads/ledger.csv", index=False)
     frame.to_json(stage / "book/downloads/ledger.json", orient="records", indent=1, force_ascii=False)
-    verdicts = frame.drop_duplicates("Claim")["Verdict"].groupby(frame["Claim"].str[:2])
-    counts = {papers[number]["short"]: found.value_counts().to_dict() for number, found in verdicts}
-    verdict_bars(counts).savefig(stage / "book/_static/at-a-glance.png", dpi=200)
-    data = {"ledger": frame.to_dict("records"), "papers": papers, "counts": counts, "shown": shown}
+    shown = {chapter: _stage_chapter(book, chapter, stage, pages) for chapter in book.chapters()}
+    stale = [name for name in shown if (copy := book.committed(name)[0]).exists() and not _graft(book, name, copy)]
+    data = {"ledger": frame.to_dict("records"), "counts": _at_a_glance(frame, stage), "shown": shown, "stale": stale}
     for name in ("ledger.md", "status.md"):
         (stage / "book" / name).write_text(pages.get_template(f"{name}.jinja").render(data, runs=status(book)))
 

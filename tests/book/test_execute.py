@@ -22,7 +22,7 @@ def test_a_chapter_leaves_its_notebook_record_and_status(tiny):
     executed, record = book.run("02_tiny")
     assert nbformat.read(executed, 4).cells[-1].execution_count
     assert Record.load(record).profile == "smoke"
-    assert [path.name for path in executed.parent.iterdir()] == ["02_tiny.ipynb"]
+    assert {path.name for path in executed.parent.iterdir()} == {"02_tiny.ipynb", "02_tiny.log"}
     assert status(book) == [Record.load(record)]
 
 
@@ -41,7 +41,7 @@ def test_a_failing_cell_is_named_and_no_earlier_output_stays(tiny):
     with pytest.raises(BookError, match=r"02_tiny, profile smoke: cell 5 `# a comment`: IndexError: list index out"):
         execute(book, book.chapters())
     assert not any(path.exists() for path in book.run("02_tiny"))
-    assert not list(book.run("02_tiny")[0].parent.iterdir())
+    assert [path.name for path in book.run("02_tiny")[0].parent.iterdir()] == ["02_tiny.log"]
     assert not status(book)
 
 

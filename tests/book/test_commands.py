@@ -1,0 +1,101 @@
+"""The Makefile and CI's script: what they list, ask for, set up once and print."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+FAKE_PYTHON = """#!/bin/sh
+echo "python $*" >> "$LOG"
+case "$*" in
+  *version_info*) exit {too_old} ;;
+  *--version*) echo "Python 3.10.4" ;;
+  *ensurepip*) exit {no_venv} ;;
+  "-m venv .venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
+esac
+"""
+
+
+def make(*arguments, cwd, **environment):
+    """Run make as from a shell, also when these tests were started by make."""
+    outer = {name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS"}}
+    return subprocess.run(["make", *arguments], cwd=cwd, env=outer | environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder with the Makefile alone, and a way to run it with a Python that only notes what it is asked to do."""
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+
+    def run(*arguments, too_old=0, no_venv=0):
+        python = tmp_path / "fake-python"
+        python.write_text(FAKE_PYTHON.format(too_old=too_old, no_venv=no_venv))
+        python.chmod(0o755)
+        log = tmp_path / "log"
+        log.write_text("")
+        done = make(f"PYTHON={python}", *arguments, cwd=tmp_path, LOG=str(log))
+        return done, log.read_text().splitlines()
+
+    return run
+
+
+def test_make_lists_its_targets():
+    listed = make(cwd=ROOT).stdout.splitlines()
+    assert [line.split()[1] for line in listed] == ["help", "book", "test", "paper", "bench", "lint", "clean"]
+
+
+def test_set_up_is_from_the_lock_with_hashes_and_done_once(checkout, tmp_path):
+    done, log = checkout("book")
+    assert done.returncode == 0, done.stderr
+    lock, package = (line for line in log if "-m pip install" in line)
+    assert "--require-hashes --requirement requirements.lock" in lock
+    assert "--no-deps --no-build-isolation --editable ." in package
+    assert log[-1] == "python -m helpers book --profile smoke --show auto"
+    assert checkout("book", "PROFILE=quick", "SHOW=run", "CHAPTER=02 04")[1] == [
+        "python -m helpers book --profile quick --show run --chapter 02 --chapter 04"]
+    os.utime(tmp_path / "requirements.lock", (4e9, 4e9))
+    assert any("requirements.lock" in line for line in checkout("test")[1])
+
+
+def test_an_old_python_is_refused_with_what_to_do(checkout, tmp_path):
+    done, log = checkout("book", too_old=1)
+    assert done.returncode and "Python 3.11, 3.12 or 3.13 is needed" in done.stdout and "3.10.4" in done.stdout
+    assert "make PYTHON=python3.12" in done.stdout and not (tmp_path / ".venv").exists()
+
+
+def test_a_python_without_venv_is_refused_with_what_to_do(checkout, tmp_path):
+    done, log = checkout("test", no_venv=1)
+    assert done.returncode and "apt install python3-venv" in done.stdout and not (tmp_path / ".venv").exists()
+
+
+def test_clean_keeps_the_units_of_long_runs(checkout, tmp_path):
+    for name in ("units", "html", "stage"):
+        (tmp_path / "_build" / name).mkdir(parents=True)
+    assert checkout("clean")[0].returncode == 0
+    assert [path.name for path in (tmp_path / "_build").iterdir()] == ["units"]
+    shutil.rmtree(tmp_path / "_build")
+    assert checkout("clean")[0].returncode == 0
+
+
+@pytest.mark.parametrize("data", [False, True])
+@pytest.mark.parametrize("fails", ["", "test", "book"])
+def test_ci_runs_the_tests_then_the_real_data_and_ends_with_the_closing_line(tmp_path, data, fails):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "checkout/.ci").mkdir(parents=True)
+    shutil.copy(ROOT / ".ci/run", tmp_path / "checkout/.ci")
+    if data:
+        (tmp_path / "shared/data").mkdir(parents=True)
+    fake = tmp_path / "bin/make"
+    said = 'echo "$PWD: $* data=$HELPERS_DATA"; echo "= 7 passed in 1s ="'
+    fake.write_text(f'#!/bin/sh\n{said}\n[ "$1" != "{fails}" ]\n')
+    fake.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HELPERS_DATA": ""}
+    done = subprocess.run([tmp_path / "checkout/.ci/run"], env=environment, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"{tmp_path}/checkout: test data=" and lines[-1] == "= 7 passed in 1s ="
+    quick = f"{tmp_path}/checkout: book PROFILE=quick data={tmp_path}/shared/data"
+    assert (quick in lines) == (data and fails != "test")
+    assert (done.returncode == 0) == (not fails or fails == "book" and not data)
