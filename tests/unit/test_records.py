@@ -302,11 +302,13 @@ def test_a_failed_write_leaves_the_older_record(tmp_path, monkeypatch):
     assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == [old]
 
 
-def test_the_seconds_count_from_the_start(tmp_path):
+def test_the_seconds_count_from_the_start_and_those_of_finished_units(tmp_path, monkeypatch):
     record = start()
     record.created = "2026-01-01T00:00:00Z"
     assert Record.load(record.save(tmp_path)).provenance.seconds > 3600
     assert Record.load(start().save(tmp_path)).provenance.seconds < 60
+    monkeypatch.setattr(records, "earlier_seconds", lambda: 3600.0)
+    assert 3600 <= Record.load(start().save(tmp_path)).provenance.seconds < 3660
 
 
 @pytest.mark.parametrize("spoil", [
