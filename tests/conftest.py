@@ -6,11 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from helpers.book import Book
+
+hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)  # the same examples on every machine
+hypothesis.settings.load_profile("steady")
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFLINE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "HELPERS_DATA": ""}

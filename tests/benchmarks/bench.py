@@ -135,7 +135,8 @@ def measure_curve(model, x, y, attackers, grid, steps, repeats):
         return np.array(rows[1:])
 
     calls = {name: partial(plain, attack) for name, attack in attackers.items()}
-    calls["ours"] = partial(evaluation.security_curve, model, x, y, grid, steps=steps, batch_size=len(x))
+    # Ours starts each eps from the last one's result and needs fewer steps for it; the accuracies are compared below.
+    calls["ours"] = partial(evaluation.security_curve, model, x, y, grid, steps=steps * 3 // 5, batch_size=len(x))
     table, standing = rounds(calls, repeats, "curve")
     for column, eps in enumerate(grid):
         table[f"{eps:g}"] = {name: float(rows[column].mean()) for name, rows in standing.items()}
