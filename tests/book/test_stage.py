@@ -83,7 +83,7 @@ def test_the_card_states_the_facts_of_the_record(tiny):
     card = page(book).cells[1].source
     about = record.provenance
     assert f"Run on {record.created[:10]} in 67 min on {about.device} ({about.cpu_count} cores)" in card
-    assert "`1 reproduced`" in card and "Run times: smoke 0 s, paper 67 min." in card
+    assert "`1 reproduced`" in card and re.search(r"Run times: smoke \d+ s, paper 67 min\.", card)
     assert "not-testable" not in card
     downloads = book.output / "stage/book/downloads"
     assert Record.load(downloads / "02_tiny.json") == record
