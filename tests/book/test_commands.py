@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -10,8 +11,8 @@ from conftest import ROOT
 FAKE_PYTHON = """#!/bin/sh
 echo "python $*" >> "$LOG"
 case "$*" in
-  *version_info*) exit {too_old} ;;
-  *--version*) echo "Python 3.10.4" ;;
+  *version_info*) exec {real} -c "import sys; sys.version_info = {version}; $2" ;;
+  *--version*) echo "Python {version}" ;;
   *ensurepip*) exit {no_venv} ;;
   "-m venv .venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
 esac
@@ -30,9 +31,9 @@ def checkout(tmp_path):
     for name in ("Makefile", "requirements.lock", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
 
-    def run(*arguments, too_old=0, no_venv=0):
+    def run(*arguments, version=(3, 12), no_venv=0):
         python = tmp_path / "fake-python"
-        python.write_text(FAKE_PYTHON.format(too_old=too_old, no_venv=no_venv))
+        python.write_text(FAKE_PYTHON.format(real=sys.executable, version=version, no_venv=no_venv))
         python.chmod(0o755)
         log = tmp_path / "log"
         log.write_text("")
@@ -60,10 +61,17 @@ def test_set_up_is_from_the_lock_with_hashes_and_done_once(checkout, tmp_path):
     assert any("requirements.lock" in line for line in checkout("test")[1])
 
 
-def test_an_old_python_is_refused_with_what_to_do(checkout, tmp_path):
-    done, log = checkout("book", too_old=1)
-    assert done.returncode and "Python 3.11, 3.12 or 3.13 is needed" in done.stdout and "3.10.4" in done.stdout
-    assert "make PYTHON=python3.12" in done.stdout and not (tmp_path / ".venv").exists()
+@pytest.mark.parametrize("version", [(3, 10, 14), (3, 14, 0)])
+def test_another_python_is_refused_with_what_to_do(checkout, tmp_path, version):
+    done, _ = checkout("book", version=version)
+    assert done.returncode and f"Python 3.11, 3.12 or 3.13 is needed; {tmp_path}/fake-python is Python" in done.stdout
+    assert str(version) in done.stdout and "make PYTHON=python3.12" in done.stdout
+    assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.parametrize("version", [(3, 11, 0), (3, 13, 9)])
+def test_supported_pythons_are_taken(checkout, version):
+    assert checkout("book", version=version)[0].returncode == 0
 
 
 def test_a_python_without_venv_is_refused_with_what_to_do(checkout, tmp_path):
@@ -89,13 +97,14 @@ def test_ci_runs_the_tests_then_the_real_data_and_ends_with_the_closing_line(tmp
     if data:
         (tmp_path / "shared/data").mkdir(parents=True)
     fake = tmp_path / "bin/make"
-    said = 'echo "$PWD: $* data=$HELPERS_DATA"; echo "= 7 passed in 1s ="'
+    said = 'echo "$PWD: $* data=$HELPERS_DATA"; [ "$1" = book ] || echo "= 7 passed in 1s ="'
     fake.write_text(f'#!/bin/sh\n{said}\n[ "$1" != "{fails}" ]\n')
     fake.chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HELPERS_DATA": ""}
     done = subprocess.run([tmp_path / "checkout/.ci/run"], env=environment, capture_output=True, text=True)
     lines = done.stdout.splitlines()
-    assert lines[0] == f"{tmp_path}/checkout: test data=" and lines[-1] == "= 7 passed in 1s ="
+    assert lines[:2] == [f"{tmp_path}/checkout: test data=", "= 7 passed in 1s ="]
+    assert lines[-1] == lines[1] or fails == "book"
     quick = f"{tmp_path}/checkout: book PROFILE=quick data={tmp_path}/shared/data"
     assert (quick in lines) == (data and fails != "test")
     assert (done.returncode == 0) == (not fails or fails == "book" and not data)

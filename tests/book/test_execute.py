@@ -103,6 +103,9 @@ def test_the_kernel_is_this_python_whatever_the_user_has_installed(tiny, tmp_pat
         path.parent.mkdir(parents=True)
         path.write_text(text)
     book = tiny("import sys", f"assert sys.executable == {sys.executable!r}", RECORD)
+    notebook = book.source("02_tiny")
+    notebook.metadata.kernelspec.name = "conda-env-of-the-author"
+    nbformat.write(notebook, book.root / "notebooks/02_tiny.ipynb")
     done = command("run", cwd=book.root, HELPERS_OUTPUT=str(book.output), HOME=str(tmp_path / "home"),
                    JUPYTER_PATH=str(kernel.parents[2]), JUPYTER_PREFER_ENV_PATH="0")
     assert done.returncode == 0, done.stderr
@@ -129,6 +132,13 @@ def test_a_folder_that_cannot_be_written_is_named(tiny, tmp_path):
 def test_outside_a_checkout(tmp_path):
     done = command("book", cwd=tmp_path)
     assert done.returncode == 1 and f"no _config.yml in {tmp_path}" in done.stderr
+
+
+def test_a_missing_file_of_the_book_is_named(tiny):
+    book = tiny(RECORD)
+    (book.root / "_toc.yml").unlink()
+    done = command("book", cwd=book.root, HELPERS_OUTPUT=str(book.output))
+    assert done.returncode == 1 and "_toc.yml" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_help_names_the_commands(tmp_path):

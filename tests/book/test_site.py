@@ -112,6 +112,7 @@ def test_every_page_of_the_contents_is_there(folder):
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
     for file in [toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])]:
         assert (folder / f"{file}.html").exists(), file
+    assert "_static/book.css" in (folder / "book/index.html").read_text()
     assert "url=book/index.html" in (folder / "index.html").read_text().replace('"', "").replace("'", "")
 
 
