@@ -15,11 +15,12 @@ from helpers import files
 tf.get_logger().setLevel("ERROR")  # every network has graphs of its own, which TensorFlow reports as retracing
 
 
-def two_conv(input_shape=(28, 28, 1), classes=10, *, strided=True, batch_norm=True, dropout=0.5, seed=0):
+def two_conv(input_shape=(28, 28, 1), classes=10, *, strided=True, batch_norm=True, dropout=0.5, conv_dropout=0.0, seed=0):
     """Two convolutions of 32 and 64 filters (3x3), a dense layer of 128, logits.
 
     Paper 02 states two convolution layers and a softmax (Table II), nothing else: whether they stride or are
-    followed by max-pooling, and whether they are normalised, is left to the caller.
+    followed by max-pooling, and whether they are normalised, is left to the caller. So is paper 04's network, of whose
+    layers the text has no table: `conv_dropout` is the rate behind each convolution, `dropout` before the last layer.
 
     Returns
     -------
@@ -33,6 +34,7 @@ def two_conv(input_shape=(28, 28, 1), classes=10, *, strided=True, batch_norm=Tr
         stack.append(layers.Conv2D(filters, 3, 2 if strided else 1, padding="same", activation="relu"))
         stack += [norm()] if batch_norm else []
         stack += [] if strided else [layers.MaxPooling2D()]
+        stack += [layers.Dropout(conv_dropout)] if conv_dropout else []
     stack += [layers.Flatten(), layers.Dense(128, activation="relu")]
     stack += [norm()] if batch_norm else []
     return keras.Sequential([*stack, layers.Dropout(dropout), layers.Dense(classes)])

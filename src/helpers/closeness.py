@@ -1,0 +1,113 @@
+"""Closeness to a class: how near an image's last hidden activations lie to the training images of that class."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from helpers.models import compiled
+from helpers.threat import check_images, check_labels
+
+
+@lru_cache(maxsize=32)
+def last_hidden(model):
+    """The part of `model`, a Keras network, from images to what enters its last layer, (n, d); dropout must be off."""
+    return keras.Model(model.inputs, model.layers[-1].input)
+
+
+def activations(model, x, batch_size=1000):
+    """Last hidden activations (n, d) float32 of images `x` (n, h, w, c), in test mode."""
+    check_images(x)
+    graph = compiled(last_hidden(model))
+    return np.concatenate([graph(tf.constant(x[i : i + batch_size])) for i in range(0, len(x), batch_size)])
+
+
+@dataclass(frozen=True, eq=False)
+class Closeness:
+    """Training activations of every class, to which images are compared (paper 04, Section 3.5).
+
+    Parameters
+    ----------
+    points : one (m, d) float32 array of last hidden activations a class.
+    bandwidth : sigma of the kernel exp(-|x - y|^2 / sigma^2) of Eqn. 9; the paper has 1.70 (MNIST), 1.00 (Fashion).
+    """
+
+    points: tuple[np.ndarray, ...]
+    bandwidth: float
+
+    @classmethod
+    def fit(cls, features, labels, bandwidth, classes=10):
+        """Sort activations (n, d) by class. Raises ValueError for a bandwidth <= 0 or a class without an image."""
+        if not bandwidth > 0:
+            raise ValueError(f"bandwidth is {bandwidth}; expected a number > 0")
+        check_labels(labels, len(features), classes, "labels")
+        points = tuple(np.asarray(features[labels == c], "float32") for c in range(classes))
+        if missing := [c for c, members in enumerate(points) if not len(members)]:
+            raise ValueError(f"labels lack the classes {missing}; expected a training image of each of {classes}")
+        return cls(points, float(bandwidth))
+
+    def thin(self, n):
+        """The same with the first `n` points of each class."""
+        return Closeness(tuple(members[:n] for members in self.points), self.bandwidth)
+
+    def kde(self, features, classes, batch_size=500):
+        """Logarithm of the mean kernel (Eqn. 9) between activations (n, d) and the points of `classes` (n,)."""
+        scores = np.empty(len(features), "float32")
+        for c, members in enumerate(self.points):
+            rows, centre = np.flatnonzero(classes == c), members.mean(axis=0)
+            for i in range(0, len(rows), batch_size):  # around their mean float32 has digits to spare
+                b = rows[i : i + batch_size]
+                scores[b] = _log_density(features[b] - centre, members - centre, self.bandwidth)
+        return scores
+
+    def kl(self, features, classes):
+        """KL divergence (nats) of activations (n, d), turned into distributions, from the mean ones of `classes`."""
+        return np.take_along_axis(divergences(features, self.means()).numpy(), np.asarray(classes)[:, None], 1)[:, 0]
+
+    def means(self):
+        """Mean distribution of each class, (classes, d): Q of Eqn. 12."""
+        return np.stack([distribution(members).numpy().mean(axis=0) for members in self.points])
+
+    def lid(self, features, neighbours=20, batch_size=500):
+        """Local intrinsic dimensionality (n,) by maximum likelihood over the nearest points (Ma et al. 2018, Eqn. 4)."""
+        points, parts = np.concatenate(self.points), range(0, len(features), batch_size)
+        return np.concatenate([_lid(features[i : i + batch_size], points, neighbours) for i in parts])
+
+
+def distribution(features):
+    """Activations (n, d) as distributions, by a softmax: the paper leaves open which "necessary conversions" it made."""
+    return tf.nn.softmax(features)
+
+
+def divergences(features, means):
+    """D_KL(P || Q_c) of Eqn. 11 in nats, (n, classes), of activations (n, d) from mean distributions (classes, d)."""
+    p, log_p, log_q = distribution(features), tf.nn.log_softmax(features), tf.math.log(means)
+    return tf.reduce_sum(p * log_p, axis=1, keepdims=True) - tf.matmul(p, log_q, transpose_b=True)
+
+
+def squared_distances(a, b):
+    """|a_i - b_j|^2 by one matrix product, (n, m)."""
+    cross = tf.matmul(a, b, transpose_b=True)
+    return tf.maximum(tf.reduce_sum(a**2, axis=1)[:, None] + tf.reduce_sum(b**2, axis=1) - 2 * cross, 0.0)
+
+
+def log_density(features, points, bandwidth, members=True):
+    """Logarithm of the mean kernel between each row of `features` and its `members` among the `points`, a tensor (n,).
+
+    The kernel itself underflows in float32 some ten bandwidths away; its logarithm does not.
+    """
+    log_kernel = tf.where(members, -squared_distances(features, points) / bandwidth**2, -np.inf)
+    count = tf.reduce_sum(tf.cast(tf.broadcast_to(members, tf.shape(log_kernel)), log_kernel.dtype), axis=1)
+    return tf.reduce_logsumexp(log_kernel, axis=1) - tf.math.log(count)
+
+
+_log_density = tf.function(log_density, reduce_retracing=True)
+
+
+@tf.function(reduce_retracing=True)
+def _lid(features, points, neighbours):
+    nearest, _ = tf.math.top_k(-squared_distances(features, points), neighbours + 1)
+    log_distance = 0.5 * tf.math.log(tf.maximum(-nearest, 1e-12))
+    return -1 / tf.reduce_mean(log_distance[:, :neighbours] - log_distance[:, neighbours:], axis=1)
