@@ -79,30 +79,15 @@ def load(name: str) -> Dataset:
     public download, which the cache keeps. Every file is checked by its checksum. Raises ValueError for an unknown
     name or a corrupt file of the mirror, OSError when HELPERS_DATA is no folder or none has the data, and says why.
     """
-    if known("name", name, NAMES) in _EMBEDDED:
-        return _dataset(name, _EMBEDDED[name](), "embedded")
-    folder, expected = os.environ.get("HELPERS_DATA"), _SOURCES[name]["sha256"]
-    if folder and not Path(folder).is_dir():
-        raise FileNotFoundError(f"HELPERS_DATA: got {folder!r}, expected an existing folder")
-    path = Path(folder or "", f"{name}.npz")
-    if folder and path.exists():
-        if (found := files.sha256(path)) != expected:
-            raise ValueError(f"{path} is corrupt, truncated or another file: SHA-256 is {found}, expected {expected}")
-        return _dataset(name, _read_npz(path), "mirror")
-    paths, source = _retrieve(name)
-    return _dataset(name, _READERS.get(name, _read_images)(name, paths), source)
-
-
-def _dataset(name, arrays, source):
-    """Return the Dataset of uint8 images, (n, h, w) or (n, h, w, c), and their labels."""
-    about = _SOURCES[name]
+    about = _SOURCES[known("name", name, NAMES)]
+    arrays, source = _find(name, os.environ.get("HELPERS_DATA"))
     if "y" in arrays:  # the photos, which are for testing only
         common = {"class_names": arrays["imagenet_names"], "x_train": arrays["x"][:0], "y_train": arrays["y"][:0]}
         arrays = common | {f"{key}_test": value for key, value in arrays.items() if "imagenet" not in key}
     parts = [arrays.pop(key) for key in _PARTS]
     digest = hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
     if digest != about["arrays"]:
-        warnings.warn(f"{name}: these are not the very images of the book's own runs", stacklevel=3)
+        warnings.warn(f"{name}: these are not the very images of the book's own runs", stacklevel=2)
     x_train, x_test = ((x if x.ndim == 4 else x[..., None]).astype(np.float32) / 255 for x in parts[::2])
     y_train, y_test = (y.astype(np.int64) for y in parts[1::2])
     names = tuple(map(str, arrays.pop("class_names", about.get("class_names"))))
@@ -110,21 +95,30 @@ def _dataset(name, arrays, source):
     return Dataset(name, x_train, y_train, x_test, y_test, names, source, sha256, arrays)
 
 
-def _retrieve(name):
-    """Return the paths of the public files in the cache, checked, and "download" if one was fetched just now."""
-    folder, fetched = pooch.os_cache("adversarial-defences-book") / name, []
+def _find(name, mirror):
+    """Return the arrays of uint8 images, (n, h, w) or (n, h, w, c), and their labels, and where they were found."""
+    if name in _EMBEDDED:
+        return _EMBEDDED[name](), "embedded"
+    if mirror and not Path(mirror).is_dir():
+        raise FileNotFoundError(f"HELPERS_DATA: got {mirror!r}, expected an existing folder")
+    path, expected = Path(mirror or "", f"{name}.npz"), _SOURCES[name]["sha256"]
+    if mirror and path.exists():
+        if (found := files.sha256(path)) != expected:
+            raise ValueError(f"{path} is corrupt, truncated or another file: SHA-256 is {found}, expected {expected}")
+        return _read_npz(path), "mirror"
+    cache, fetched = pooch.os_cache("adversarial-defences-book") / name, []
 
     def download(url, output_file, caller):
         fetched.append(url)
         pooch.HTTPDownloader(progressbar=True, chunk_size=1 << 16)(url, output_file, caller)
 
     try:
-        paths = [Path(pooch.retrieve(url, checksum, Path(url).name, folder, downloader=download))
+        paths = [Path(pooch.retrieve(url, checksum, Path(url).name, cache, downloader=download))
                  for url, checksum in _SOURCES[name]["files"]]
     except (OSError, ValueError) as error:  # no network, no permission, full disk; or a wrong checksum
-        raise OSError(f"data set {name!r}: HELPERS_DATA names no folder with {name}.npz, and the download to {folder} "
+        raise OSError(f"data set {name!r}: HELPERS_DATA names no folder with {name}.npz, and the download to {cache} "
                       f"failed ({error}). Set it, load again, or use the profile 'smoke' (embedded data).") from error
-    return paths, "download" if fetched else "cache"
+    return _READERS.get(name, _read_images)(name, paths), "download" if fetched else "cache"
 
 
 def _read_npz(path):
