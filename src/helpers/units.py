@@ -135,7 +135,8 @@ def _code(function):
                 continue
             parts = [value]
             if getattr(value, "__module__", None) == function.__module__:
-                parts += [member for _, member in inspect.getmembers(value, inspect.isfunction)]
+                members = inspect.getmembers(value, inspect.isfunction)
+                parts += [*getattr(value, "__mro__", ()), *(member for _, member in members)]
             modules |= {getattr(part, "__module__", None) or part.__name__ for part in parts}
             todo |= {part.__qualname__: part for part in parts if inspect.isfunction(part)
                      and part.__module__ == function.__module__ and part.__qualname__ not in found}
