@@ -12,8 +12,8 @@ import numpy as np
 import scipy.optimize
 import tensorflow as tf
 
-from helpers.models import check_logits, compiled, inference
-from helpers.threat import ThreatModel, check_images, check_labels, project
+from helpers.models import check_logits, inference, predict
+from helpers.threat import ThreatModel, check_images, check_labels, check_positive, project
 
 
 def margin(logits, y):
@@ -30,24 +30,29 @@ def cross_entropy(logits, y):
 LOSSES = {"cross-entropy": cross_entropy, "margin": margin}
 
 
+def input_gradient(network, loss, x, y):
+    """Gradient by the images `x` of `loss(network(x), y)`, zero where nothing connects; the losses; the logits."""
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        logits = network(x)
+        losses = loss(logits, y)
+    return tape.gradient(losses, x, unconnected_gradients="zero"), losses, logits
+
+
 @lru_cache(maxsize=32)
 def _loop(model, shape, norm, bounds, loss, targeted, goal):
     """Compile `steps` ascent steps for one network; sizes, eps and step size stay tensors, so nothing is retraced."""
-    images, number = tf.TensorSpec((None, *shape), tf.float32), tf.TensorSpec((), tf.float32)
-    per_image = tf.TensorSpec((None,), tf.float32)
-    labels, count = tf.TensorSpec((None,), tf.int64), tf.TensorSpec((), tf.int32)
-    objective, sign = LOSSES.get(loss, loss), -1.0 if targeted else 1.0
+    images, labels, per_image = (tf.TensorSpec((None, *rest), kind) for rest, kind in (
+        (shape, tf.float32), ((), tf.int64), ((), tf.float32)))  # fmt: skip
+    number, count = tf.TensorSpec((), tf.float32), tf.TensorSpec((), tf.int32)
+    sign = -1.0 if targeted else 1.0
 
-    def logits_of(x):
+    def network(x):
         return tf.cast(inference(model)(x), tf.float32)
 
     @tf.function  # in a graph of its own a step takes a fifth less time than written into the loop
     def gradient_of(x_adv, y):
-        with tf.GradientTape() as tape:
-            tape.watch(x_adv)
-            logits = logits_of(x_adv)
-            value = sign * objective(logits, y)
-        return logits, tape.gradient(value, x_adv, unconnected_gradients="zero")
+        return input_gradient(network, LOSSES.get(loss, loss), x_adv, y)
 
     def better(x_adv, logits, y, best, best_score):
         score = sign * goal(logits, y)
@@ -57,12 +62,12 @@ def _loop(model, shape, norm, bounds, loss, targeted, goal):
     @tf.function(input_signature=[images, images, labels, images, per_image, number, number, count])
     def loop(x_adv, x, y, best, best_score, eps, step_size, steps):
         for _ in tf.range(steps):
-            logits, gradient = gradient_of(x_adv, y)
+            gradient, _, logits = gradient_of(x_adv, y)
             if goal:
                 best, best_score = better(x_adv, logits, y, best, best_score)
-            x_adv = project(x_adv + step_size * _direction(gradient, norm), x, norm, eps, bounds)
+            x_adv = project(x_adv + step_size * _direction(sign * gradient, norm), x, norm, eps, bounds)
         if goal:
-            best, best_score = better(x_adv, logits_of(x_adv), y, best, best_score)
+            best, best_score = better(x_adv, network(x_adv), y, best, best_score)
         return x_adv, best, best_score
 
     return loop
@@ -81,15 +86,11 @@ def _direction(gradient, norm):
 def _checked(model, x, y, threat, **positive):
     """Validate the arguments that every attack shares; labels as int64."""
     check_images(x, bounds=threat.bounds)
-    for name, value in positive.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} is {value}; expected a number > 0")
-    y = np.asarray(y)
-    check_labels(y, len(x), check_logits(model, x).shape[1])
-    return y.astype("int64")
+    check_positive(**positive)
+    return check_labels(y, len(x), check_logits(model, x).shape[1])
 
 
-def _ascend(model, x, y, start, threat, *, steps, step_size, loss, targeted, goal, compact, batch_size):
+def _ascend(model, x, y, start, threat, loss, targeted, *, steps, step_size, batch_size, goal=None, compact=False):
     """Run the loop over batches. Returns (images, scores): last iterates, or with a `goal` the best ones."""
     loop = _loop(model, x.shape[1:], threat.norm, threat.bounds, loss, targeted, goal)
     current, best, score = start.copy(), start.copy(), np.full(len(x), -np.inf, "float32")
@@ -106,10 +107,14 @@ def _ascend(model, x, y, start, threat, *, steps, step_size, loss, targeted, goa
     return (best, score) if goal else (current, score)
 
 
-def _goals(model, x, y, batch_size, goal=margin):
-    graph, parts = compiled(model), range(0, len(x), batch_size)
-    logits = np.concatenate([graph(tf.constant(x[i : i + batch_size])) for i in parts])
-    return goal(tf.constant(logits, tf.float32), y).numpy()
+def _values(goal, model, x, y, batch_size):
+    return goal(tf.constant(predict(model, x, batch_size), tf.float32), y).numpy()
+
+
+def _keep(images, scores, best, score, at):
+    """Let those of `images` that score higher replace the rows `at` of `best` and `score`, in place."""
+    won = scores > score[at]
+    best[at[won]], score[at[won]] = images[won], scores[won]
 
 
 def fgsm(model, x, y, eps, *, targeted=False, bounds=(0.0, 1.0), batch_size=500):
@@ -124,50 +129,40 @@ def bim(model, x, y, eps, *, steps=10, step_size=None, targeted=False, bounds=(0
     """
     threat = ThreatModel("linf", eps, bounds)
     y = _checked(model, x, y, threat, steps=steps, step_size=step_size, batch_size=batch_size)
-    return _ascend(
-        model, x, y, x, threat, steps=steps, step_size=step_size or eps / steps, loss="cross-entropy",
-        targeted=targeted, goal=None, compact=False, batch_size=batch_size,
-    )[0]  # fmt: skip
+    sizes = {"steps": steps, "step_size": step_size or eps / steps, "batch_size": batch_size}
+    return _ascend(model, x, y, x, threat, "cross-entropy", targeted, **sizes)[0]
 
 
-def pgd(
-    model, x, y, threat, *, steps=40, step_size=None, restarts=1, losses=("cross-entropy",), goal=margin,
-    start=None, targeted=False, compact=False, batch_size=500, seed=0,
-):  # fmt: skip
+def pgd(model, x, y, threat, *, steps=40, step_size=None, restarts=1, losses=("cross-entropy",), goal=margin,
+        start=None, targeted=False, compact=False, batch_size=500, seed=0):  # fmt: skip
     """Projected gradient descent with random starts (Madry et al. 2018); the best iterate of all restarts is kept.
 
-    Parameters
-    ----------
-    threat : ThreatModel, linf or l2.
     step_size : length of a step in pixel units; default 2.5 * eps / steps.
     restarts : number of random starts; restart r uses loss `losses[r % len(losses)]`, each "cross-entropy",
         "margin" or a function (logits, y) -> (n,) to ascend. The margin does not vanish where the softmax saturates.
     goal : function (logits, y) -> (n,), above 0 where the attack has won; the iterate that it values most is kept.
     start : images (n, h, w, c) to begin the first run from, e.g. the result at a smaller eps; default a random start.
-    compact : let images already beaten leave the batch. The same images are beaten, in less time; the
-        margins of the beaten ones are then not driven further.
+    compact : let images already beaten leave the batch: the same images are beaten, sooner, and not driven further.
     """
-    y = _checked(model, x, y, threat, steps=steps, step_size=step_size, restarts=restarts, batch_size=batch_size)
+    sizes = {"steps": steps, "step_size": step_size, "batch_size": batch_size}
+    y = _checked(model, x, y, threat, restarts=restarts, **sizes)
+    sizes["step_size"] = step_size or 2.5 * threat.eps / steps
     if not losses or isinstance(losses, str) or any(not callable(name) and name not in LOSSES for name in losses):
         raise ValueError(f"losses is {losses!r}; expected a tuple of functions or of {tuple(LOSSES)}")
     if start is not None:
         check_images(start, "start", threat.bounds)
         if start.shape != x.shape:
             raise ValueError(f"start has shape {start.shape}; expected that of x, {x.shape}")
-    best, score = x.copy(), (-1 if targeted else 1) * _goals(model, x, y, batch_size, goal)
+    best, score = x.copy(), (-1 if targeted else 1) * _values(goal, model, x, y, batch_size)
     for restart in range(restarts):
         warm = start is not None and restart == 0
         first = threat.project(start, x).numpy() if warm else threat.random_start(x, (seed, restart))
         active = np.flatnonzero(score <= 0) if compact else np.arange(len(x))
         if not active.size:
             break
-        images, scores = _ascend(
-            model, x[active], y[active], first[active], threat, steps=steps,
-            step_size=step_size or 2.5 * threat.eps / steps, loss=losses[restart % len(losses)],
-            targeted=targeted, goal=goal, compact=compact, batch_size=batch_size,
-        )  # fmt: skip
-        won = scores > score[active]
-        best[active[won]], score[active[won]] = images[won], scores[won]
+        found = _ascend(model, x[active], y[active], first[active], threat, losses[restart % len(losses)], targeted,
+                        goal=goal, compact=compact, **sizes)  # fmt: skip
+        _keep(*found, best, score, active)
     return best
 
 
@@ -180,15 +175,11 @@ def square(model, x, y, eps, *, queries=500, batch_size=500, seed=0):
     threat = ThreatModel("linf", eps)
     y, rng = _checked(model, x, y, threat, queries=queries, batch_size=batch_size), np.random.default_rng(seed)
     n, h, w, c = x.shape
-    best, score = x.copy(), _goals(model, x, y, batch_size)
+    best, score = x.copy(), _values(margin, model, x, y, batch_size)
     stripes = np.clip(x + eps * rng.choice([-1.0, 1.0], (n, 1, w, c)), 0, 1).astype("float32")
-    stripes_score = _goals(model, stripes, y, batch_size)
-    won = stripes_score > score
-    best[won], score[won] = stripes[won], stripes_score[won]
+    _keep(stripes, _values(margin, model, stripes, y, batch_size), best, score, np.arange(n))
     for query in range(1, queries):
         active = np.flatnonzero(score <= 0)
-        if not active.size:
-            break
         side = min(h, w, max(1, round(np.sqrt(0.8 * 0.5 ** (8 * query / queries) * h * w))))
         for i in range(0, len(active), batch_size):
             b = active[i : i + batch_size]
@@ -197,9 +188,7 @@ def square(model, x, y, eps, *, queries=500, batch_size=500, seed=0):
             inside = inside & (np.abs(np.arange(w) - column[:, None] - (side - 1) / 2) < side / 2)[:, None, :, None]
             signs = rng.choice([-1.0, 1.0], (len(b), 1, 1, c))
             trial = np.where(inside, np.clip(x[b] + eps * signs, 0, 1), best[b]).astype("float32")
-            trial_score = _goals(model, trial, y[b], batch_size)
-            won = trial_score > score[b]
-            best[b[won]], score[b[won]] = trial[won], trial_score[won]
+            _keep(trial, _values(margin, model, trial, y[b], batch_size), best, score, b)
     return best
 
 
@@ -211,35 +200,31 @@ def lbfgs(model, x, target, *, searches=8, max_iterations=50, weights=(1e-3, 1e3
     smallest r that reaches the target is kept; images that never reach it come back unchanged.
     """
     target = _checked(model, x, target, ThreatModel("linf", 0), searches=searches, max_iterations=max_iterations)
-    logits_of = inference(model)
+    network = inference(model)
 
     @tf.function(reduce_retracing=True)
-    def value_and_gradient(image, label, original, weight):
-        with tf.GradientTape() as tape:
-            tape.watch(image)
-            value = weight * tf.reduce_sum((image - original) ** 2) + cross_entropy(logits_of(image), label)[0]
-        return value, tape.gradient(value, image, unconnected_gradients="zero")
+    def gradient_and_value(image, label, original, weight):
+        def loss(logits, label):
+            return weight * tf.reduce_sum((image - original) ** 2) + cross_entropy(logits, label)
 
-    def minimise(original, label, weight):
-        def objective(flat):
-            image = tf.constant(flat.reshape(original.shape), tf.float32)
-            value, gradient = value_and_gradient(image, label, original, tf.constant(weight, tf.float32))
-            return float(value), gradient.numpy().astype("float64").ravel()
+        return input_gradient(network, loss, image, label)[:2]
 
-        found = scipy.optimize.minimize(
-            objective, original.ravel().astype("float64"), jac=True, method="L-BFGS-B",
-            bounds=[(0, 1)] * original.size, options={"maxiter": max_iterations, "ftol": 1e-6},
-        )  # fmt: skip
-        return found.x.reshape(original.shape).astype("float32")
+    def objective(flat, original, label, weight):
+        image = tf.constant(flat.reshape(original.shape), tf.float32)
+        gradient, value = gradient_and_value(image, label, original, tf.constant(weight, tf.float32))
+        return float(value[0]), gradient.numpy().astype("float64").ravel()
 
-    best = x.copy()
+    best, options = x.copy(), {"maxiter": max_iterations, "ftol": 1e-6}
     for i in range(len(x)):
-        (low, high), length = np.log(weights), np.inf
+        original, (low, high), length = x[i : i + 1], np.log(weights), np.inf
         for _ in range(searches):
             weight = np.exp((low + high) / 2)
-            image = minimise(x[i : i + 1], target[i : i + 1], weight)
-            reached = int(np.argmax(logits_of(image), axis=1)[0]) == target[i]
+            found = scipy.optimize.minimize(
+                objective, original.ravel().astype("float64"), (original, target[i : i + 1], weight), jac=True,
+                method="L-BFGS-B", bounds=[(0, 1)] * original.size, options=options)  # fmt: skip
+            image = found.x.reshape(original.shape).astype("float32")
+            reached = int(np.argmax(network(image), axis=1)[0]) == target[i]
             low, high = (np.log(weight), high) if reached else (low, np.log(weight))
-            if reached and (shortest := float(np.linalg.norm(image - x[i]))) < length:
+            if reached and (shortest := float(np.linalg.norm(image - original))) < length:
                 best[i], length = image[0], shortest
     return best

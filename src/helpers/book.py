@@ -30,7 +30,7 @@ import yaml
 
 from helpers.files import atomic
 from helpers.profiles import PROFILES
-from helpers.records import Record, claims
+from helpers.records import Record, claims, compare
 
 LIMITS = {"smoke": (300, 600), "quick": (1200, 2400), "paper": (12 * 3600, 24 * 3600)}  # seconds: a cell, a chapter
 MAX_BYTES = 2_000_000  # of an executed copy in the repository
@@ -191,14 +191,10 @@ def _with_figures(page, folder, chapter):
 
 def ledger(book: Book) -> pd.DataFrame:
     """Every claim of the papers, and what the committed paper-profile records found for it."""
-    path, records = book.root / "book/claims.yml", sorted(book.root.glob("book/results/*/paper.json"))
-    known, papers = claims(path), yaml.safe_load(path.read_text())["papers"]
-    found = [row for path in records for row in Record.load(path).comparison().to_dict("records")]
-    done = {row["Claim"] for row in found}
-    rest = [{"Claim": name, "What": claim.what or claim.where, "Ours": "–", "Verdict": "no record yet", "Note": "",
-             "Paper": "–" if claim.value is None else str(claim.value).strip("{}").replace("'", "")}
-            for name, claim in known.items() if name not in done]
-    frame = pd.DataFrame(sorted(found + rest, key=lambda row: list(known).index(row["Claim"])))
+    known, papers = claims(), yaml.safe_load((book.root / "book/claims.yml").read_text())["papers"]
+    records = map(Record.load, book.root.glob("book/results/*/paper.json"))
+    found = {outcome.id: outcome for record in records for outcome in record.claims}
+    frame = compare(dict.fromkeys(known) | found)
     frame.insert(0, "Title", [f"{name[:2]} {papers[name[:2]]['short']}" for name in frame["Claim"]])
     frame.insert(2, "Where", [known[name].where for name in frame["Claim"]])
     return frame

@@ -1,14 +1,11 @@
 """The command line, `python -m helpers`: the Makefile's targets are thin names for it."""
 
-import os
 from collections import Counter
 from pathlib import Path
 
 import click
 
-from helpers import __version__
-from helpers.book import Book, BookError, build, execute, publish, stage
-from helpers.book import status as runs
+from helpers import __version__, book, files
 from helpers.profiles import PROFILES
 
 _chapter = click.option("--chapter", "chapters", multiple=True, metavar="NAME",
@@ -18,17 +15,7 @@ _profile = click.option("--profile", type=click.Choice(PROFILES), default="smoke
                         "minutes. paper: the paper's sizes and repeats; hours.")
 
 
-class _Group(click.Group):
-    """Errors that a user can act on end the command with their message instead of a traceback."""
-
-    def invoke(self, context):
-        try:
-            return super().invoke(context)
-        except (BookError, ValueError, OSError) as error:
-            raise click.ClickException(str(error)) from error
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 def main():
     """Execute the chapters and render the book, in the folder of its checkout.
@@ -38,16 +25,16 @@ def main():
     """
 
 
-@main.command()
+@main.command("book")
 @_profile
 @_chapter
 @click.option("--show", type=click.Choice(["auto", "run"]), default="auto", show_default=True,
               help="auto: a page shows the committed paper run while its code is unchanged. run: always this run.")
-def book(profile, chapters, show):
+def render(profile, chapters, show):
     """Execute the chapters, then render the site."""
     this = _run(profile, chapters, show)
-    stage(this)
-    site = build(this)
+    book.stage(this)
+    site = book.build(this)
     _print_runs(this)
     click.echo(f"\nThe book is at {site}")
 
@@ -66,7 +53,7 @@ def paper(chapters):
     """Execute in profile paper (hours, resumable) and put the results under book/."""
     this = _run("paper", chapters)
     for chapter in this.chapters(*chapters):
-        publish(this, chapter)
+        book.publish(this, chapter)
         click.echo("to be committed: {} {}".format(*this.committed(chapter)))
 
 
@@ -78,18 +65,18 @@ def status():
 
 def _book(profile="smoke", show="auto"):
     if not Path("_config.yml").exists():
-        raise click.ClickException(f"no _config.yml in {Path.cwd()}: run this in the folder of the book's checkout")
-    return Book(Path.cwd(), Path(os.environ.get("HELPERS_OUTPUT", "_build")).resolve(), profile, show)
+        raise book.BookError(f"no _config.yml in {Path.cwd()}: run this in the folder of the book's checkout")
+    return book.Book(Path.cwd(), files.output().resolve(), profile, show)
 
 
 def _run(profile, chapters, show="auto"):
     this = _book(profile, show)
-    execute(this, this.chapters(*chapters))
+    book.execute(this, this.chapters(*chapters))
     return this
 
 
 def _print_runs(this):
-    for run in runs(this):
+    for run in book.status(this):
         verdicts = Counter(claim.verdict for claim in run.claims)
         text = ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items())
         click.echo(f"{run.chapter:40} {run.profile:6} {run.provenance.seconds:7.0f} s  {text}")

@@ -7,8 +7,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from helpers.models import compiled
-from helpers.threat import check_images, check_labels
+from helpers.models import predict
+from helpers.threat import check_images, check_labels, check_positive
 
 
 @lru_cache(maxsize=32)
@@ -20,8 +20,7 @@ def last_hidden(model):
 def activations(model, x, batch_size=1000):
     """Last hidden activations (n, d) float32 of images `x` (n, h, w, c), in test mode."""
     check_images(x)
-    graph = compiled(last_hidden(model))
-    return np.concatenate([graph(tf.constant(x[i : i + batch_size])) for i in range(0, len(x), batch_size)])
+    return predict(last_hidden(model), x, batch_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +39,8 @@ class Closeness:
     @classmethod
     def fit(cls, features, labels, bandwidth, classes=10):
         """Sort activations (n, d) by class. Raises ValueError for a bandwidth <= 0 or a class without an image."""
-        if not bandwidth > 0:
-            raise ValueError(f"bandwidth is {bandwidth}; expected a number > 0")
-        check_labels(labels, len(features), classes, "labels")
+        check_positive(bandwidth=bandwidth)
+        labels = check_labels(labels, len(features), classes)
         points = tuple(np.asarray(features[labels == c], "float32") for c in range(classes))
         if missing := [c for c, members in enumerate(points) if not len(members)]:
             raise ValueError(f"labels lack the classes {missing}; expected a training image of each of {classes}")
@@ -71,13 +69,13 @@ class Closeness:
         return np.stack([distribution(members).numpy().mean(axis=0) for members in self.points])
 
     def lid(self, features, neighbours=20, batch_size=500):
-        """Local intrinsic dimensionality (n,) by maximum likelihood over the nearest points (Ma et al. 2018, Eqn. 4)."""
+        """Local intrinsic dimensionality (n,) from the distances to the nearest points (Ma et al. 2018, Eqn. 4)."""
         points, parts = np.concatenate(self.points), range(0, len(features), batch_size)
         return np.concatenate([_lid(features[i : i + batch_size], points, neighbours) for i in parts])
 
 
 def distribution(features):
-    """Activations (n, d) as distributions, by a softmax: the paper leaves open which "necessary conversions" it made."""
+    """Activations (n, d) as distributions, by a softmax; the paper leaves its "necessary conversions" open."""
     return tf.nn.softmax(features)
 
 

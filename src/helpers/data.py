@@ -20,6 +20,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.utils import resample
 
 from helpers import files
+from helpers.profiles import known
 
 _SOURCES = yaml.safe_load(Path(__file__).with_name("sources.yml").read_text(encoding="utf-8"))
 _PARTS = ("x_train", "y_train", "x_test", "y_test")
@@ -56,18 +57,17 @@ class Dataset:
         """
         changes, extra = {}, dict(self.extra)
         for part, n in (("train", n_train), ("test", n_test)):
-            if n is None:
-                continue
             y = getattr(self, f"y_{part}")
-            if not 1 <= n <= len(y):
+            if n is not None and not 1 <= n <= len(y):
                 raise ValueError(f"n_{part}: got {n}, expected 1 to {len(y)}, the images that {self.name} has")
-            rows = resample(np.arange(len(y)), replace=False, n_samples=n, stratify=y, random_state=seed)
-            changes |= {key: getattr(self, key)[rows] for key in (f"x_{part}", f"y_{part}")}
-            extra |= {key: value[rows] for key, value in extra.items() if key.endswith(f"_{part}")}
+            if n is not None:
+                rows = resample(np.arange(len(y)), replace=False, n_samples=n, stratify=y, random_state=seed)
+                changes |= {key: getattr(self, key)[rows] for key in (f"x_{part}", f"y_{part}")}
+                extra |= {key: value[rows] for key, value in extra.items() if key.endswith(f"_{part}")}
         return replace(self, **changes, extra=extra)
 
     def provenance(self) -> dict:
-        """Return what a result record keeps of the data: source, sha256, n_train, n_test."""
+        """Return what a result record keeps of the data."""
         return {"source": self.source, "sha256": self.sha256, "n_train": len(self.x_train), "n_test": len(self.x_test)}
 
 
@@ -79,60 +79,46 @@ def load(name: str) -> Dataset:
     public download, which the cache keeps. Every file is checked by its checksum. Raises ValueError for an unknown
     name or a corrupt file of the mirror, OSError when HELPERS_DATA is no folder or none has the data, and says why.
     """
-    if name not in NAMES:
-        raise ValueError(f"name: got {name!r}, expected one of {', '.join(NAMES)}")
-    if name in _EMBEDDED:
-        return _dataset(name, _EMBEDDED[name](), "embedded")
-    if path := _in_mirror(name):
-        return _dataset(name, _read_npz(path), "mirror")
-    paths, source = _retrieve(name)
-    return _dataset(name, _READERS.get(name, _read_images)(name, paths), source)
-
-
-def _dataset(name, arrays, source):
-    """Return the Dataset of uint8 images, (n, h, w) or (n, h, w, c), and their labels."""
-    known = _SOURCES[name]
+    about = _SOURCES[known("name", name, NAMES)]
+    arrays, source = _find(name, os.environ.get("HELPERS_DATA"))
     if "y" in arrays:  # the photos, which are for testing only
         common = {"class_names": arrays["imagenet_names"], "x_train": arrays["x"][:0], "y_train": arrays["y"][:0]}
         arrays = common | {f"{key}_test": value for key, value in arrays.items() if "imagenet" not in key}
     parts = [arrays.pop(key) for key in _PARTS]
     digest = hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
-    if digest != known["arrays"]:
-        warnings.warn(f"{name}: these are not the very images of the book's own runs", stacklevel=3)
+    if digest != about["arrays"]:
+        warnings.warn(f"{name}: these are not the very images of the book's own runs", stacklevel=2)
     x_train, x_test = ((x if x.ndim == 4 else x[..., None]).astype(np.float32) / 255 for x in parts[::2])
     y_train, y_test = (y.astype(np.int64) for y in parts[1::2])
-    names = tuple(map(str, arrays.pop("class_names", known.get("class_names"))))
-    sha256 = known["sha256"] if source == "mirror" else digest
+    names = tuple(map(str, arrays.pop("class_names", about.get("class_names"))))
+    sha256 = about["sha256"] if source == "mirror" else digest
     return Dataset(name, x_train, y_train, x_test, y_test, names, source, sha256, arrays)
 
 
-def _in_mirror(name):
-    """Return the path of the mirror's file, checked, or None where there is no mirror or it lacks that file."""
-    if not (folder := os.environ.get("HELPERS_DATA")):
-        return None
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"HELPERS_DATA: got {folder!r}, expected an existing folder")
-    path, expected = Path(folder) / f"{name}.npz", _SOURCES[name]["sha256"]
-    if path.exists() and (found := files.sha256(path)) != expected:
-        raise ValueError(f"{path} is corrupt, truncated or another file: its SHA-256 is {found}, expected {expected}")
-    return path if path.exists() else None
-
-
-def _retrieve(name):
-    """Return the paths of the public files in the cache, checked, and "download" if one was fetched just now."""
-    folder, fetched = pooch.os_cache("adversarial-defences-book") / name, []
+def _find(name, mirror):
+    """Return the arrays of uint8 images, (n, h, w) or (n, h, w, c), and their labels, and where they were found."""
+    if name in _EMBEDDED:
+        return _EMBEDDED[name](), "embedded"
+    if mirror and not Path(mirror).is_dir():
+        raise FileNotFoundError(f"HELPERS_DATA: got {mirror!r}, expected an existing folder")
+    path, expected = Path(mirror or "", f"{name}.npz"), _SOURCES[name]["sha256"]
+    if mirror and path.exists():
+        if (found := files.sha256(path)) != expected:
+            raise ValueError(f"{path} is corrupt, truncated or another file: SHA-256 is {found}, expected {expected}")
+        return _read_npz(path), "mirror"
+    cache, fetched = pooch.os_cache("adversarial-defences-book") / name, []
 
     def download(url, output_file, caller):
         fetched.append(url)
         pooch.HTTPDownloader(progressbar=True, chunk_size=1 << 16)(url, output_file, caller)
 
     try:
-        paths = [Path(pooch.retrieve(url, checksum, Path(url).name, folder, downloader=download))
+        paths = [Path(pooch.retrieve(url, checksum, Path(url).name, cache, downloader=download))
                  for url, checksum in _SOURCES[name]["files"]]
     except (OSError, ValueError) as error:  # no network, no permission, full disk; or a wrong checksum
-        raise OSError(f"data set {name!r}: HELPERS_DATA names no folder with {name}.npz, and the download to {folder} "
+        raise OSError(f"data set {name!r}: HELPERS_DATA names no folder with {name}.npz, and the download to {cache} "
                       f"failed ({error}). Set it, load again, or use the profile 'smoke' (embedded data).") from error
-    return paths, "download" if fetched else "cache"
+    return _READERS.get(name, _read_images)(name, paths), "download" if fetched else "cache"
 
 
 def _read_npz(path):
@@ -171,8 +157,8 @@ def _squares(contents, size, mode):
     squares = []
     for content in contents:
         image = Image.open(io.BytesIO(content)).convert(mode)
-        side, (width, height) = min(image.size), image.size
-        square = image.crop(((width - side) // 2, (height - side) // 2, (width + side) // 2, (height + side) // 2))
+        left, top = ((length - min(image.size)) // 2 for length in image.size)
+        square = image.crop((left, top, left + min(image.size), top + min(image.size)))
         squares.append(np.asarray(square.resize((size, size), Image.Resampling.LANCZOS)))
     return np.stack(squares)
 

@@ -6,7 +6,7 @@ import scipy.stats
 import tensorflow as tf
 
 from helpers import attacks
-from helpers.models import as_float64, check_logits, compiled, inference
+from helpers.models import as_float64, check_logits, inference, predict
 from helpers.threat import ThreatModel, check_images, check_labels
 
 
@@ -14,22 +14,20 @@ def logits(model, x, batch_size=1000):
     """Logits (n, classes) float32 of images `x` (n, h, w, c) in test mode, in batches."""
     check_images(x)
     check_logits(model, x)
-    graph = compiled(model)
-    return np.concatenate([graph(tf.constant(x[i : i + batch_size])) for i in range(0, len(x), batch_size)])
+    return predict(model, x, batch_size)
 
 
 def correct(model, x, y):
     """Which images are classified as `y`, (n,) bool."""
     z = logits(model, x)
-    check_labels(y, *z.shape)
-    return z.argmax(axis=1) == y
+    return z.argmax(axis=1) == check_labels(y, *z.shape)
 
 
 def score(model, x, y):
     """{"loss": mean cross-entropy in nats, "accuracy": fraction} in test mode."""
     z = logits(model, x)
-    check_labels(y, *z.shape)
-    losses = attacks.cross_entropy(z, np.asarray(y, "int64")).numpy()
+    y = check_labels(y, *z.shape)
+    losses = attacks.cross_entropy(z, y).numpy()
     return {"loss": float(losses.mean()), "accuracy": float((z.argmax(axis=1) == y).mean())}
 
 
@@ -37,20 +35,12 @@ def security_curve(model, x, y, grid, *, norm="linf", seed=0, **options):
     """Which images survive PGD at each eps: the worst case over this eps and all smaller ones.
 
     Only images that still stand are attacked, starting from the result at the last eps; `options` go to
-    `attacks.pgd` (steps, restarts, losses ...).
-
-    Parameters
-    ----------
-    grid : rising eps values in [0, 1] pixel units; 0 means no attack.
-
-    Returns
-    -------
-    (len(grid), n) bool, True where the image is still classified correctly; its row means are the curve.
+    `attacks.pgd` (steps, restarts, losses ...). `grid`: rising eps values in [0, 1] pixel units; 0 means no attack.
+    Returns (len(grid), n) bool, True where the image is still classified correctly; its row means are the curve.
     """
     if not (len(grid) and np.isfinite(grid).all() and min(grid) >= 0 and (np.diff(grid) > 0).all()):
         raise ValueError(f"grid is {list(grid)}; expected rising eps values >= 0")
-    standing, start = correct(model, x, y), x.copy()
-    rows = []
+    standing, start, rows = correct(model, x, y), x.copy(), []
     for eps in grid:
         left = np.flatnonzero(standing)
         if eps > 0 and left.size:
@@ -70,10 +60,9 @@ def difference_interval(a, b, confidence=0.95, seed=0):
     if np.shape(a) != np.shape(b) or np.ndim(a) != 1:
         raise ValueError(f"a and b have shapes {np.shape(a)} and {np.shape(b)}; expected the same images, (n,) each")
     delta = np.asarray(a, float) - np.asarray(b, float)
-    result = scipy.stats.bootstrap(
-        (delta,), np.mean, n_resamples=2000, confidence_level=confidence, method="percentile", rng=seed, batch=100
-    )
-    return float(delta.mean()), float(result.confidence_interval.low), float(result.confidence_interval.high)
+    interval = scipy.stats.bootstrap((delta,), np.mean, n_resamples=2000, confidence_level=confidence, batch=100,
+                                     method="percentile", rng=seed).confidence_interval  # fmt: skip
+    return float(delta.mean()), float(interval.low), float(interval.high)
 
 
 def gradient_error(model, x, y, h=1e-7, seed=0):
@@ -82,16 +71,13 @@ def gradient_error(model, x, y, h=1e-7, seed=0):
     For every image one random direction v of unit length: |slope along v - gradient . v|, divided by what a
     gradient of that length has along a random direction, |gradient| / sqrt(dimension).
     """
-    exact, labels, rng = as_float64(model), tf.constant(y, tf.int64), np.random.default_rng(seed)
+    exact, labels, rng = inference(as_float64(model)), tf.constant(y, tf.int64), np.random.default_rng(seed)
     # Off the image by a little: on a blank background max-pooling has ties, where there is no derivative.
     images = tf.constant(x + rng.uniform(-0.01, 0.01, x.shape), tf.float64)
     v = rng.standard_normal(x.shape)
     v /= np.linalg.norm(v.reshape(len(x), -1), axis=1).reshape(-1, 1, 1, 1)
-    with tf.GradientTape() as tape:
-        tape.watch(images)
-        margins = attacks.margin(exact(images, training=False), labels)
-    gradient = tape.gradient(margins, images, unconnected_gradients="zero").numpy().reshape(len(x), -1)
-    ahead, behind = (attacks.margin(exact(images + s * v, training=False), labels) for s in (h, -h))
+    gradient = attacks.input_gradient(exact, attacks.margin, images, labels)[0].numpy().reshape(len(x), -1)
+    ahead, behind = (attacks.margin(exact(images + s * v), labels) for s in (h, -h))
     slope = (ahead - behind).numpy() / (2 * h)
     typical = np.linalg.norm(gradient, axis=1) / np.sqrt(x[0].size)
     return float((np.abs(slope - (gradient * v.reshape(len(x), -1)).sum(axis=1)) / np.maximum(typical, 1e-6)).max())
@@ -99,28 +85,23 @@ def gradient_error(model, x, y, h=1e-7, seed=0):
 
 def gradient_share(model, x, y, loss=attacks.margin):
     """Share of images whose input gradient of `loss` is not zero in float32; a low one means masking."""
-    with tf.GradientTape() as tape:
-        images = tf.constant(x)
-        tape.watch(images)
-        losses = loss(tf.cast(inference(model)(images), tf.float32), tf.constant(y, tf.int64))
-    gradient = tape.gradient(losses, images, unconnected_gradients="zero")
+    gradient, *_ = attacks.input_gradient(
+        inference(model), lambda z, y: loss(tf.cast(z, tf.float32), y), tf.constant(x), tf.constant(y, tf.int64))
     return float(np.abs(gradient).max(axis=(1, 2, 3)).astype(bool).mean())
 
 
 def sanity_checks(model, x, y, threat, *, surrogate=None, steps=40, queries=300, seed=0):
-    """Run the checks that a sound attack passes; a table of (check, measured, limit, passed).
+    """Run the checks that a sound attack passes; a table of (check, measured, limit, relation, passed).
 
     Rates are compared with a tolerance of two standard errors. `surrogate` is another network from which
     adversarial images are transferred. Callers assert `table["passed"].all()`.
     """
-    losses = ("cross-entropy", "margin")
-
     def success(x_adv):
         return float(1 - correct(model, x_adv, y).mean())
 
-    def run(steps=steps, restarts=2, eps=threat.eps, against=model):
-        limits = ThreatModel(threat.norm, eps, threat.bounds)
-        return attacks.pgd(against, x, y, limits, steps=steps, restarts=restarts, losses=losses, seed=seed)
+    def run(against=model, eps=threat.eps, **options):
+        options = {"steps": steps, "restarts": 2, "losses": ("cross-entropy", "margin"), "seed": seed} | options
+        return attacks.pgd(against, x, y, ThreatModel(threat.norm, eps, threat.bounds), **options)
 
     strong, unbounded = run(), threat.bounds[1] - threat.bounds[0]
     rate, clean = success(strong), 1 - correct(model, x, y).mean()
@@ -148,7 +129,7 @@ def sanity_checks(model, x, y, threat, *, surrogate=None, steps=40, queries=300,
         free = success(attacks.square(model, x, y, threat.eps, queries=queries, seed=seed))
         rows.append(("PGD against a gradient-free attack", rate, free - tolerance, ">="))
     if surrogate is not None:
-        rows.append(("white box against transfer", rate, success(run(against=surrogate)) - tolerance, ">="))
+        rows.append(("white box against transfer", rate, success(run(surrogate)) - tolerance, ">="))
     table = pd.DataFrame(rows, columns=["check", "measured", "limit", "relation"])
     table["passed"] = np.where(table["relation"] == "<=", table.measured <= table.limit, table.measured >= table.limit)
     return table

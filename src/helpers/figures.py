@@ -2,9 +2,10 @@
 
 import base64
 import hashlib
-import html
 import io
+from pathlib import Path
 
+import jinja2
 import numpy as np
 import seaborn as sns
 from IPython.display import HTML, Markdown, display
@@ -38,9 +39,9 @@ def say(markdown):
     display(Markdown(markdown))
 
 
-def security_curve(eps, series, ylabel="accuracy", trained_eps=None, ax=None):
+def security_curve(eps, series, ylabel="accuracy", trained_eps=None):
     """A rate in [0, 1] against eps; `series`: name -> (n_seeds, n_eps); `trained_eps` gets a line."""
-    ax = _axes(1, 1, 6, 4.8)[0, 0] if ax is None else ax
+    ax = _axes(1, 1, 6, 4.8)[0, 0]
     if trained_eps is not None:
         ax.axvline(trained_eps, color=FAINT, linestyle=":", label=f"trained at ε = {trained_eps:g}")
     ax.set(xlabel="ε (pixel range [0, 1])", ylabel=ylabel, ylim=(-0.02, 1.02))
@@ -119,22 +120,11 @@ def eps_slider(frames, eps, label):
     """A slider as HTML, no kernel, no network; `frames`: (image in [0, 1] or Figure, text) for each eps."""
     if len(frames) != len(eps) or not frames or not label.strip():
         raise ValueError(f"frames: got {len(frames)} for {len(eps)} eps, label {label!r}; expected one each")
-    images = ""
-    for e, (picture, text) in zip(eps, frames, strict=True):
-        png = _png(picture if isinstance(picture, Figure) else digit_grid([picture], columns=1, size=2.2))
-        alt = html.escape(f"ε = {e:.3g} ({e * 255:.3g}/255): {text}")
-        images += f'<img src="data:image/png;base64,{png}" alt="{alt}"{" hidden" if images else ""}>\n'
-    key, name = hashlib.sha256((label + images).encode()).hexdigest()[:12], html.escape(label)
-    return HTML(_SLIDER % {"key": f"eps-{key}", "label": name, "images": images, "last": len(frames) - 1})
-
-
-_SLIDER = """<figure class="eps-slider" id="%(key)s">%(images)s<figcaption>%(label)s
-<input type="range" min="0" max="%(last)d" value="0" aria-label="%(label)s"> <output></output></figcaption></figure>
-<script>(figure => { const [input, output] = figure.querySelectorAll("input, output");
-  const frames = figure.querySelectorAll("img");
-  (input.oninput = () => frames.forEach((frame, i) => { frame.hidden = i != input.value;
-    if (!frame.hidden) input.ariaValueText = output.textContent = frame.alt; }))();
-})(document.getElementById("%(key)s"));</script>"""
+    images = [(_png(picture if isinstance(picture, Figure) else digit_grid([picture], columns=1, size=2.2)),
+               f"ε = {e:.3g} ({e * 255:.3g}/255): {text}") for e, (picture, text) in zip(eps, frames, strict=True)]
+    template = jinja2.Template(Path(__file__).with_name("slider.html.jinja").read_text("utf-8"), autoescape=True)
+    key = hashlib.sha256(f"{label}{images}".encode()).hexdigest()[:12]
+    return HTML(template.render(key=f"eps-{key}", label=label, images=images))
 
 
 def _axes(n_rows, n_columns, width, height, **options):

@@ -21,14 +21,10 @@ def sha256(path: str | Path) -> str:
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary sibling of `path` to write to; it becomes `path` when the block succeeds.
+    """Yield a temporary sibling of `path`, with its suffix, to write to; it becomes `path` when the block succeeds.
 
-    The sibling keeps the suffix of `path`, for writers that go by it. When the block fails or is interrupted the
-    sibling is removed, and what stood at `path` before is untouched. Missing parent folders are made.
-
-    Raises
-    ------
-    OSError : the file system refuses (full disk, no permission); the message names `path`.
+    When the block fails or is interrupted the sibling is removed, and what stood at `path` before is untouched.
+    Missing parent folders are made. Raises OSError, which names `path`, for a full disk or a lack of permission.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")

@@ -15,16 +15,14 @@ from helpers import files
 tf.get_logger().setLevel("ERROR")  # every network has graphs of its own, which TensorFlow reports as retracing
 
 
-def two_conv(input_shape=(28, 28, 1), classes=10, *, strided=True, batch_norm=True, dropout=0.5, conv_dropout=0.0, seed=0):
-    """Two convolutions of 32 and 64 filters (3x3), a dense layer of 128, logits.
+def two_conv(input_shape=(28, 28, 1), classes=10, *, strided=True, batch_norm=True, dropout=0.5, conv_dropout=0.0,
+             seed=0):  # fmt: skip
+    """Two convolutions of 32 and 64 filters (3x3), a dense layer of 128, logits. Sets Keras' random seed.
 
     Paper 02 states two convolution layers and a softmax (Table II), nothing else: whether they stride or are
     followed by max-pooling, and whether they are normalised, is left to the caller. So is paper 04's network, of whose
     layers the text has no table: `conv_dropout` is the rate behind each convolution, `dropout` before the last layer.
-
-    Returns
-    -------
-    keras.Sequential from images (n, *input_shape) in [0, 1] to logits (n, classes). Sets Keras' random seed.
+    Returns a keras.Sequential from images (n, *input_shape) in [0, 1] to logits (n, classes).
     """
     keras.utils.set_random_seed(seed)
     # Keras' momentum of 0.99 needs hundreds of steps to forget its start: more than a small profile has.
@@ -43,15 +41,12 @@ def two_conv(input_shape=(28, 28, 1), classes=10, *, strided=True, batch_norm=Tr
 def deep_conv(input_shape=(28, 28, 1), classes=10, *, dropout=0.5, seed=0):
     """The base network of paper 01 (Table 1): 2 x 32 and 2 x 64 convolutions with pooling, 200, 200, logits.
 
-    Returns
-    -------
-    keras.Sequential from images (n, *input_shape) in [0, 1] to logits (n, classes). Sets Keras' random seed.
+    Returns a keras.Sequential from images (n, *input_shape) in [0, 1] to logits (n, classes). Sets Keras' random seed.
     """
     keras.utils.set_random_seed(seed)
     stack = [layers.Input(input_shape)]
     for filters in (32, 64):
-        for _ in range(2):
-            stack.append(layers.Conv2D(filters, 3, padding="same", activation="relu"))
+        stack += [layers.Conv2D(filters, 3, padding="same", activation="relu") for _ in range(2)]
         stack.append(layers.MaxPooling2D())
     stack.append(layers.Flatten())
     for _ in range(2):
@@ -80,10 +75,28 @@ def compiled(model):
     return tf.function(inference(model), reduce_retracing=True)
 
 
+def predict(model, x, batch_size):
+    """Outputs (n, classes) of `compiled(model)` for images `x` that are known to be valid, in batches."""
+    graph = compiled(model)
+    return np.concatenate([graph(tf.constant(x[i : i + batch_size])) for i in range(0, len(x), batch_size)])
+
+
+def check_logits(model, x):
+    """Logits (m, classes) of the first images of `x`.
+
+    Raises ValueError for outputs of another shape, and where every row is non-negative and sums to 1 (a softmax).
+    """
+    logits = compiled(model)(tf.constant(x[:8])).numpy()
+    if logits.ndim != 2:
+        raise ValueError(f"model gives shape {logits.shape}; expected logits of shape (n, classes)")
+    if (logits >= 0).all() and np.allclose(logits.sum(axis=1), 1, atol=1e-3):
+        raise ValueError("model gives probabilities (rows >= 0 that sum to 1); expected logits: drop its softmax")
+    return logits
+
+
 def save(model, folder):
     """Keep `model` in `folder` as <SHA-256 of its layers' types and weights>.keras and return that file name."""
-    digest = _digest(model)
-    path = Path(folder) / f"{digest}.keras"
+    path = Path(folder) / f"{_digest(model)}.keras"
     if not path.exists():
         with files.atomic(path) as temporary:
             model.save(temporary)
@@ -94,20 +107,16 @@ def load(path, seed=0):
     """The network of a file that `save` wrote, compared with the SHA-256 in its name.
 
     Sets Keras' random seed, from which the network's dropout draws its masks if it is trained further.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If the file is not there, or is damaged; both name it.
+    Raises FileNotFoundError or ValueError, which name the file, if it is not there or is damaged.
     """
-    path = Path(path)
+    path, again = Path(path), "remove the folder 'units' beside its folder and run again"
     if not path.exists():
-        raise FileNotFoundError(f"no network {path}; remove the folder 'units' beside its folder and run again")
+        raise FileNotFoundError(f"no network {path}; {again}")
     keras.utils.set_random_seed(seed)
     try:
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
     except Exception as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it and the folder 'units', and run again") from error
+        raise ValueError(f"{path} is damaged ({error}); remove it, {again}") from error
     if _digest(model) != path.stem:
         raise ValueError(f"{path} is damaged: its weights are not those of its name")
     return model
@@ -118,19 +127,3 @@ def _digest(model):
     for weights in model.get_weights():
         content.update(weights.tobytes())
     return content.hexdigest()
-
-
-def check_logits(model, x):
-    """Logits (m, classes) of the first images of `x`; raise if they look like probabilities.
-
-    Raises
-    ------
-    ValueError
-        If the outputs are not of shape (m, classes), or every row is non-negative and sums to 1 (a softmax).
-    """
-    logits = compiled(model)(tf.constant(x[:8])).numpy()
-    if logits.ndim != 2:
-        raise ValueError(f"model gives shape {logits.shape}; expected logits of shape (n, classes)")
-    if (logits >= 0).all() and np.allclose(logits.sum(axis=1), 1, atol=1e-3):
-        raise ValueError("model gives probabilities (rows >= 0 that sum to 1); expected logits: drop its softmax")
-    return logits

@@ -14,7 +14,7 @@ class Settings(SimpleNamespace):
     def __setattr__(self, name, value):
         raise AttributeError(f"settings are read-only: give {name!r} in OVERRIDES instead")
 
-    def _asdict(self) -> dict:
+    def _asdict(self):
         return dict(vars(self))
 
     def _repr_html_(self):
@@ -34,8 +34,8 @@ def known(argument: str, name: str, names: Iterable[str]) -> str:
 def resolve(profile: str, table: Mapping[str, Mapping], overrides: Mapping | None = None) -> Settings:
     """Return the settings that `table` holds for `profile`, with `overrides` laid over them.
 
-    All of `PROFILES` are in `table`, with the same keys. An override has the type that its setting has in one
-    of the profiles; an int also stands for a float.
+    All of `PROFILES` are in `table`, with the same keys. An override has the type that its setting has in one of the
+    profiles (and so have the items of a list); an int also stands for a float.
     Raises ValueError for an unknown profile or key or an uneven table, TypeError for an override of the wrong type.
     """
     known("profile", profile, PROFILES)
@@ -43,13 +43,10 @@ def resolve(profile: str, table: Mapping[str, Mapping], overrides: Mapping | Non
         raise ValueError(f"table: expected the same keys in {PROFILES}, got {({k: list(v) for k, v in table.items()})}")
     for name, value in (overrides or {}).items():
         examples = [table[each][known("OVERRIDES", name, table[profile])] for each in PROFILES]
-        _check(name, value, examples)
-        for item in value if isinstance(value, list) else ():
-            _check(name, item, [item for example in examples if isinstance(example, list) for item in example])
+        items = [item for example in examples if isinstance(example, list) for item in example]
+        inside = [(item, items) for item in value] if isinstance(value, list) else []
+        for given, like in [(value, examples), *inside]:
+            kinds = {type(example).__name__ for example in like}
+            if kinds and type(given).__name__ not in kinds | ({"int"} if "float" in kinds else set()):
+                raise TypeError(f"OVERRIDES: {name!r} got {given!r}, expected {' or '.join(sorted(kinds))}")
     return Settings(profile=profile, **copy.deepcopy({**table[profile], **(overrides or {})}))
-
-
-def _check(name, value, examples):
-    kinds = {type(example).__name__ for example in examples}
-    if kinds and type(value).__name__ not in kinds | ({"int"} if "float" in kinds else set()):
-        raise TypeError(f"OVERRIDES: {name!r} got {value!r}, expected {' or '.join(sorted(kinds))}")

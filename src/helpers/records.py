@@ -15,23 +15,22 @@ from typing import Annotated, Literal
 import numpy as np
 import pandas as pd
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, NonNegativeInt, model_validator
 
 from helpers import __version__, files
 from helpers.profiles import PROFILES, known
 from helpers.units import earlier_seconds, versions
 
-Verdict = Literal["reproduced", "direction", "not-reproduced", "not-testable"]
+_VERDICTS = ("reproduced", "direction", "not-reproduced", "not-testable")
+Verdict = Literal[_VERDICTS]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-_VERDICTS = ("reproduced", "direction", "not-reproduced")
 _PACKAGE = Path(__file__).resolve().parent
 _SUBSTITUTED = ("05",)  # papers whose data is not public: on other data a number can at best agree in direction
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", validate_assignment=True)
+class _Strict(BaseModel, strict=True, extra="forbid", validate_assignment=True):
+    """What all parts of a record have in common: no other fields, no conversion of types."""
 
 
 class Claim(_Strict):
@@ -50,7 +49,7 @@ class Measurement(_Strict):
 
     mean: Finite
     sd: Finite
-    n: Count
+    n: int
     values: list[Finite]
 
     def __str__(self):
@@ -71,8 +70,8 @@ class Source(_Strict):
 
     source: Literal["mirror", "cache", "download", "embedded"]
     sha256: Sha256
-    n_train: Count
-    n_test: Count
+    n_train: NonNegativeInt
+    n_test: NonNegativeInt
 
 
 class Provenance(_Strict):
@@ -110,16 +109,18 @@ def claims(path: str | Path | None = None) -> dict[str, Claim]:
     return {claim["id"]: Claim.model_validate(claim) for claim in found}
 
 
-def rows(claim: Claim, outcome: Outcome | None = None) -> list[dict[str, str]]:
-    """Return the paper's value of a claim beside ours, as text: a row for each column that the paper gives."""
-    ours = outcome.ours if outcome else None
-    papers = claim.value if isinstance(claim.value, dict) else dict.fromkeys(
-        ours if isinstance(ours, dict) else [""], claim.value)
-    return [{"Claim": claim.id, "What": ": ".join(filter(None, (claim.what or claim.where, part))),
-             "Paper": "–" if paper is None else f"{paper:g}",
-             "Ours": str((ours[part] if isinstance(ours, dict) else ours) or "–"),
-             "Verdict": outcome.verdict if outcome else "no record yet", "Note": outcome.note if outcome else ""}
-            for part, paper in papers.items()]
+def compare(outcomes: Mapping[str, Outcome | None]) -> pd.DataFrame:
+    """Return the papers' values beside ours (None: no record yet), as text: a row for each claim, or column of it."""
+    every, rows = claims(), []
+    for id, outcome in outcomes.items():
+        claim, ours = every[id], outcome.ours if outcome else None
+        verdict, note = (outcome.verdict, outcome.note) if outcome else ("no record yet", "")
+        parts = ours if isinstance(ours, dict) else {"": ours}
+        papers = claim.value if isinstance(claim.value, dict) else dict.fromkeys(parts, claim.value)
+        rows += [(id, ": ".join(filter(None, (claim.what or claim.where, part))),
+                  "–" if paper is None else f"{paper:g}", str(parts.get(part) or "–"), verdict, note)
+                 for part, paper in papers.items()]
+    return pd.DataFrame(rows, columns=["Claim", "What", "Paper", "Ours", "Verdict", "Note"])
 
 
 class Record(_Strict):
@@ -169,10 +170,9 @@ class Record(_Strict):
             raise ValueError(f"values: got {sorted(parts)}, expected the columns {sorted(papers)} of {id!r}")
         ours = {part: _measure(seeds) for part, seeds in parts.items()}
         ranks = [_judge(claim, ours[part], papers[part], direction, choice_tie) for part in ours]
-        testable = ranks and self.profile != "smoke"  # a smoke number is never a reproduction
-        self.claims.append(Outcome(id=id, ours=ours.get("", ours or None), note=note,
-                                   verdict=_VERDICTS[max(ranks)] if testable else "not-testable"))
-        return self.claims[-1].verdict
+        verdict = _VERDICTS[max(ranks) if ranks and self.profile != "smoke" else 3]  # smoke is never a reproduction
+        self.claims.append(Outcome(id=id, ours=ours.get("", ours or None), note=note, verdict=verdict))
+        return verdict
 
     def table(self, name: str, rows: Iterable[Mapping]) -> None:
         """Add a table: one dictionary a row, of strings, finite numbers, truth values or None."""
@@ -185,20 +185,18 @@ class Record(_Strict):
             label: np.atleast_2d(np.asarray(runs, float)).tolist() for label, runs in series.items()})}
 
     def save(self, folder: str | Path | None = None) -> Path:
-        """Write the record to `folder`/results/<chapter>/<profile>.json and return that path.
+        """Write the record to <`folder` or `files.output()`>/results/<chapter>/<profile>.json and return that path.
 
-        `folder` is $HELPERS_OUTPUT or _build where it is not given. Raises ValueError when the profile is "paper" and a
-        claim of the chapter is missing.
+        Raises ValueError when the profile is "paper" and a claim of the chapter is missing.
         """
         missing = {id for id in claims() if id[:2] == self.chapter[:2]} - {outcome.id for outcome in self.claims}
         if missing and self.profile == "paper":
             raise ValueError(f"claims: {self.chapter} lacks {', '.join(sorted(missing))}")
         self.provenance.device = _device()  # once more, now that TensorFlow is there to name a GPU
-        self.provenance.seconds = round(
-            (datetime.now(UTC) - datetime.fromisoformat(self.created)).total_seconds() + earlier_seconds(), 1)
+        seconds = (datetime.now(UTC) - datetime.fromisoformat(self.created)).total_seconds() + earlier_seconds()
+        self.provenance.seconds = round(seconds, 1)
         checked = self.model_validate(self.model_dump())  # lists may have been changed in place
-        folder = Path(folder or os.environ.get("HELPERS_OUTPUT", "_build"))
-        path = folder / "results" / self.chapter / f"{self.profile}.json"
+        path = Path(folder or files.output()) / "results" / self.chapter / f"{self.profile}.json"
         with files.atomic(path) as temporary:
             temporary.write_text(checked.model_dump_json(indent=1) + "\n", encoding="utf-8")
         return path
@@ -209,13 +207,8 @@ class Record(_Strict):
         return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
 
     def comparison(self) -> pd.DataFrame:
-        """Return the paper's values beside ours, as text, a row for each claim (and column of the paper)."""
-        every = claims()
-        return pd.DataFrame([row for outcome in self.claims for row in rows(every[outcome.id], outcome)],
-                            columns=["Claim", "What", "Paper", "Ours", "Verdict", "Note"])
-
-    def _repr_html_(self):
-        return self.comparison().to_html(index=False)  # whole texts, which a DataFrame's own display cuts
+        """Return `compare` of this record's claims."""
+        return compare({outcome.id: outcome for outcome in self.claims})
 
 
 def _measure(values):
@@ -235,8 +228,7 @@ def _judge(claim, ours, paper, direction, choice_tie):
     if claim.kind == "choice":
         return 0 if choice_tie or np.allclose(ours.values, paper) else 2
     if claim.kind == "order":
-        beyond = ours.n >= 2 and ours.mean > 2 * ours.sd / ours.n**0.5
-        return 2 if ours.mean <= 0 else 0 if beyond else 1
+        return 2 if ours.mean <= 0 else 0 if ours.n >= 2 and ours.mean > 2 * ours.sd / ours.n**0.5 else 1
     margin = max(claim.tolerance, 2 * ours.sd if ours.n >= 3 else 0)
     if abs(ours.mean - paper) <= margin + 1e-9:  # 0.9892 - 0.9852 is a little more than 0.004 in binary
         return 1 if claim.id[:2] in _SUBSTITUTED else 0
@@ -246,11 +238,11 @@ def _judge(claim, ours, paper, direction, choice_tie):
 def _revision():
     root, git = _PACKAGE.parents[1], shutil.which("git")
     if git and (root / "book/claims.yml").exists():  # else installed, perhaps in the environment of another project
-        status = subprocess.run(
-            [git, "--no-optional-locks", "-C", root, "status", "--porcelain=v2", "--branch", "--", "src", "notebooks",
-             "book/claims.yml"], capture_output=True, text=True).stdout.splitlines()
-        if status:
-            return status[0].split()[-1], any(not line.startswith("#") for line in status)
+        command = [git, "--no-optional-locks", "status", "--porcelain=v2", "--branch"]
+        made_by = ["src", "notebooks", "book/claims.yml"]
+        found = subprocess.run([*command, *made_by], cwd=root, capture_output=True, text=True).stdout.splitlines()
+        if found:
+            return found[0].split()[-1], any(not line.startswith("#") for line in found)
     return f"v{__version__}", None
 
 

@@ -1,8 +1,9 @@
-"""What the attacker may do: a norm, a radius and the range of valid pixels."""
+"""What the attacker may do: a norm, a radius and the range of valid pixels; and the checks of arguments."""
 
 from dataclasses import dataclass
 
 import numpy as np
+import tensorflow as tf
 
 NORMS = ("linf", "l2")
 
@@ -11,16 +12,10 @@ NORMS = ("linf", "l2")
 class ThreatModel:
     """All images within `eps` of the original, in one norm, that are still valid images.
 
-    Parameters
-    ----------
     norm : "linf" (largest change of a pixel) or "l2" (Euclidean length of the whole change).
     eps : radius in pixel units of [0, 1]; 0.1 is 25.5/255.
     bounds : (lowest, highest) value of a valid pixel.
-
-    Raises
-    ------
-    ValueError
-        For another norm, an `eps` that is negative or not finite, or empty bounds.
+    Raises ValueError for another norm, an `eps` that is negative, not finite or in 0-255 units, and empty bounds.
     """
 
     norm: str
@@ -50,8 +45,7 @@ class ThreatModel:
             delta = rng.uniform(-self.eps, self.eps, x.shape)
         else:  # a direction from the normal distribution, a radius with density r^(d-1)
             delta = rng.standard_normal(x.shape)
-            dimension = np.prod(x.shape[1:])
-            radius = self.eps * rng.uniform(size=len(x)) ** (1 / dimension)
+            radius = self.eps * rng.uniform(size=len(x)) ** (1 / x[0].size)
             delta *= (radius / np.linalg.norm(delta.reshape(len(x), -1), axis=1)).reshape(-1, 1, 1, 1)
         return np.clip(x + delta, *self.bounds).astype("float32")
 
@@ -63,8 +57,6 @@ class ThreatModel:
 
 def project(x_adv, x, norm, eps, bounds):
     """`ThreatModel.project` on tensors, for use inside a compiled graph where `eps` is a tensor too."""
-    import tensorflow as tf
-
     if norm == "linf":
         x_adv = tf.clip_by_value(x_adv, x - eps, x + eps)
     else:
@@ -88,10 +80,18 @@ def check_images(x, name="x", bounds=(0.0, 1.0)):
         raise ValueError(f"{name} lies in [{x.min():.4g}, {x.max():.4g}]; expected pixels in {list(bounds)}")
 
 
-def check_labels(y, n, classes, name="y"):
-    """Raise unless `y` holds `n` integer labels in 0 ... `classes` - 1."""
+def check_labels(y, n, classes):
+    """Return `y` as int64; raise unless it holds `n` integer labels in 0 ... `classes` - 1."""
     y = np.asarray(y)
     if y.shape != (n,) or not np.issubdtype(y.dtype, np.integer):
-        raise TypeError(f"{name} is {y.dtype} {y.shape}; expected {n} integer labels, shape ({n},)")
+        raise TypeError(f"y is {y.dtype} {y.shape}; expected {n} integer labels, shape ({n},)")
     if y.min() < 0 or y.max() >= classes:
-        raise ValueError(f"{name} lies in {y.min()}...{y.max()}; expected labels in 0...{classes - 1}")
+        raise ValueError(f"y lies in {y.min()}...{y.max()}; expected labels in 0...{classes - 1}")
+    return y.astype("int64")
+
+
+def check_positive(**numbers):
+    """Raise ValueError unless each number, None aside, is > 0."""
+    for name, number in numbers.items():
+        if number is not None and not number > 0:
+            raise ValueError(f"{name} is {number}; expected a number > 0")

@@ -7,18 +7,16 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from helpers.attacks import cross_entropy
+from helpers.attacks import cross_entropy, input_gradient
 from helpers.evaluation import score
-from helpers.models import check_logits
-from helpers.threat import ThreatModel, check_images, check_labels, project
+from helpers.models import check_logits, inference
+from helpers.threat import ThreatModel, check_images, check_labels, check_positive, project
 
 
 @dataclass(frozen=True)
 class Adversary:
     """The attacker inside the training loop, linf.
 
-    Parameters
-    ----------
     eps : radius in [0, 1] pixel units.
     steps : 1 with `random_start=False` is FGSM (paper 02), several with a random start is PGD (Madry et al. 2018).
     step_size : pixel units; default eps for one step, 2.5 * eps / steps for several.
@@ -33,10 +31,9 @@ class Adversary:
 
     def __post_init__(self):
         ThreatModel("linf", self.eps)  # validates eps
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps is {self.steps}; expected an integer of at least 1")
-        if self.step_size is not None and not self.step_size > 0:
-            raise ValueError(f"step_size is {self.step_size}; expected a number > 0 or None")
+        check_positive(steps=self.steps, step_size=self.step_size)
+        if not isinstance(self.steps, int):
+            raise ValueError(f"steps is {self.steps}; expected an integer")
 
     def craft(self, model, x, y, seed):
         """Adversarial images for one batch with the weights of this moment; tensors, for use in a graph."""
@@ -46,43 +43,30 @@ class Adversary:
             noise = tf.random.stateless_uniform(tf.shape(x), seed, -self.eps, self.eps)
             x_adv = tf.clip_by_value(x + noise, 0.0, 1.0)
         for _ in range(self.steps):
-            with tf.GradientTape() as tape:
-                tape.watch(x_adv)
-                loss = cross_entropy(model(x_adv, training=False), y)
-            step = step_size * tf.sign(tape.gradient(loss, x_adv, unconnected_gradients="zero"))
-            x_adv = project(x_adv + step, x, "linf", self.eps, (0.0, 1.0))
+            gradient, *_ = input_gradient(inference(model), cross_entropy, x_adv, y)
+            x_adv = project(x_adv + step_size * tf.sign(gradient), x, "linf", self.eps, (0.0, 1.0))
         return tf.stop_gradient(x_adv)
 
 
-def fit(
-    model, x, y, *, epochs, batch_size=364, learning_rate=1e-3, adversary=None, validation=None, monitor=None,
-    seed=0, label=None,
-):  # fmt: skip
+def fit(model, x, y, *, epochs, batch_size=364, learning_rate=1e-3, adversary=None, validation=None, monitor=None,
+        seed=0, label=None):  # fmt: skip
     """Train `model` in place with Adam on cross-entropy.
 
-    Parameters
-    ----------
     x, y : images (n, h, w, c) float32 in [0, 1], integer labels (n,).
     batch_size : clean images a batch; the default is the first of paper 02's "[364, 227]" (Table II).
     adversary : Adversary or None for plain training.
     validation : (x, y) whose loss and accuracy are recorded after every epoch, or None.
     monitor : function(model) -> dict of further numbers to record after every epoch, or None.
     label : text of the progress bar; None shows none.
-
-    Returns
-    -------
-    dict of lists, one value an epoch: "loss" and "accuracy" on the batches trained on (dropout on, running
+    Returns a dict of lists, one value an epoch: "loss" and "accuracy" on the batches trained on (dropout on, running
     over the epoch), "validation_loss", "validation_accuracy" (dropout off), and the monitor's.
     """
     check_images(x)
-    y = np.asarray(y)
-    check_labels(y, len(x), check_logits(model, x).shape[1])
+    y = check_labels(y, len(x), check_logits(model, x).shape[1])
+    check_positive(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate)
     if validation is not None:
         score(model, *validation)  # refuses bad data before the first epoch, not after it
-    for name, value in {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}.items():
-        if not value > 0:
-            raise ValueError(f"{name} is {value}; expected a number > 0")
-    epoch = _epoch(model, tf.constant(x), tf.constant(y, tf.int64), min(batch_size, len(x)), learning_rate, adversary)
+    epoch = _epoch(model, tf.constant(x), tf.constant(y), min(batch_size, len(x)), learning_rate, adversary)
     rng, history = np.random.default_rng(seed), {}
     for number in tqdm(range(epochs), desc=label, disable=label is None, unit="epoch", leave=True):
         loss, accuracy = epoch(tf.constant(rng.permutation(len(x))), tf.constant([seed, number]))
@@ -90,7 +74,7 @@ def fit(
             raise FloatingPointError(f"the loss is {float(loss)} in epoch {number + 1}; try a smaller learning_rate")
         record = {"loss": float(loss), "accuracy": float(accuracy)}
         if validation is not None:
-            record |= {f"validation_{k}": v for k, v in score(model, *validation).items()}
+            record |= {f"validation_{key}": value for key, value in score(model, *validation).items()}
         for key, value in (record | (monitor(model) if monitor else {})).items():
             history.setdefault(key, []).append(value)
     return history
@@ -117,8 +101,7 @@ def _epoch(model, x, y, batch_size, learning_rate, adversary):
                 logits = model(images, training=True)
                 losses = cross_entropy(logits, labels)
                 loss = tf.reduce_mean(losses)
-            variables = model.trainable_variables
-            optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+            optimizer.apply(tape.gradient(loss, model.trainable_variables))
             total += tf.reduce_sum(losses)
             hits += tf.reduce_sum(tf.cast(tf.argmax(logits, axis=1) == labels, tf.float32))
             seen += tf.cast(tf.shape(labels)[0], tf.float32)

@@ -31,9 +31,9 @@ def run(function, grid, *, folder, n_jobs=None, label="", data=None) -> list[dic
 
     `function` is a plain function of plain JSON values, from a module or a notebook, and returns a dictionary of
     numbers, strings, lists and arrays, to which the "seconds" it took are added. Each result is kept in
-    `folder/<function>/<key>.npz`. The key covers the arguments, the code (not its comments) of the function, of what it
-    uses from its own module and of the helpers, the versions of NumPy, TensorFlow and Keras, and `data`, a plain value
-    such as a data set's `sha256`.
+    `folder/<function>/<key>.npz`. The key covers the arguments; the code (not its comments) of the function, of what it
+    uses from its own module, and of the helper modules that these use and import in turn; the versions of NumPy,
+    TensorFlow and Keras; and `data`, a plain value such as a data set's `sha256`.
     `n_jobs` processes of one thread each compute; None means one per core, or a single one where a GPU is.
     Raises TypeError for arguments, results and global variables that are not such values, ValueError for `n_jobs` < 1.
     """
@@ -42,21 +42,18 @@ def run(function, grid, *, folder, n_jobs=None, label="", data=None) -> list[dic
         raise ValueError(f"n_jobs: got {n_jobs}, expected None or at least 1")
     base = [_code(function), versions("numpy", "tensorflow", "keras"), data]
     units = [(Path(folder) / function.__name__ / f"{_key(function, kwargs, base)}.npz", kwargs) for kwargs in grid]
-    results, jobs = {path: _load(path) for path, _ in units}, min(jobs, len(units))
+    results, jobs = {path: _load(path) for path, _ in units}, max(1, min(jobs, len(units)))
     for path, result in results.items():
         _EARLIER.setdefault(path, result["seconds"] / jobs if result else 0.0)
-    todo = [(function, kwargs, path) for path, kwargs in dict(units).items() if results[path] is None]
-    with (warnings.catch_warnings(), parallel_config("loky", inner_max_num_threads=1), tqdm(
-            total=len(results), initial=len(results) - len(todo), desc=label or function.__name__, unit="unit",
-            file=sys.stdout, ncols=80) as bar):
+    todo = {path: kwargs for path, kwargs in units if results[path] is None}
+    threads = 1 if jobs > 1 else None  # also for the last unit of a resumed run: the number of threads changes sums
+    with warnings.catch_warnings(), parallel_config("loky", inner_max_num_threads=threads):
         warnings.filterwarnings("ignore", "A worker stopped")  # joblib replaces one that TensorFlow has made large
-        if jobs > 1:  # also for the last unit of a resumed run: the number of threads changes sums
-            done = Parallel(jobs, return_as="generator_unordered", batch_size=1)(delayed(_compute)(*u, 1) for u in todo)
-        else:
-            done = (_compute(*unit) for unit in todo)
-        for path in done:
+        done = Parallel(jobs, return_as="generator_unordered", batch_size=1)(
+            delayed(_compute)(function, kwargs, path, threads) for path, kwargs in todo.items())
+        for path in tqdm(done, label or function.__name__, len(results), initial=len(results) - len(todo), unit="unit",
+                         file=sys.stdout, ncols=80):
             results[path] = _load(path)
-            bar.update()
     return [results[path] for path, _ in units]
 
 
@@ -71,7 +68,7 @@ def versions(*packages: str) -> dict[str, str]:
                         for found in metadata.distributions(name=label)), "unknown") for name in packages}
 
 
-def _compute(function, kwargs, path, threads=None):
+def _compute(function, kwargs, path, threads):
     if threads:  # read when TensorFlow first computes
         os.environ.update(TF_NUM_INTRAOP_THREADS=str(threads), TF_NUM_INTEROP_THREADS=str(threads))
     started = time.perf_counter()
@@ -86,7 +83,7 @@ def _compute(function, kwargs, path, threads=None):
     arrays = {f"array.{name}": value for name, value in result.items()
               if isinstance(value, np.ndarray) and not value.dtype.hasobject}
     index = {name: None if f"array.{name}" in arrays else _json(f"result {name!r}", value)
-             for name, value in result.items()}
+             for name, value in result.items()}  # names every member, so that a lost one is noticed
     with files.atomic(path) as temporary:
         np.savez(temporary, index=json.dumps(index), **arrays)
     return path
@@ -126,21 +123,42 @@ def _code(function):
     """Return the code that `function` runs, without comments, and the constants of its module that it uses."""
     if not inspect.isfunction(function) or not function.__name__.isidentifier() or function.__closure__:
         raise TypeError(f"function: got {function!r}, expected a plain function with a name and without a closure")
-    helpers = {path.stem: _bare(path.read_text(encoding="utf-8")) for path in Path(__file__).parent.glob("*.py")
-               if path.stem not in _NO_COMPUTE}
-    found, todo = {}, {} if function.__module__.startswith("helpers.") else {function.__qualname__: function}
+    found, todo, modules = {}, {function.__qualname__: function}, {function.__module__}
     while todo:
         label, used = todo.popitem()
         found[label] = _bare(inspect.getsource(used))
+        modules |= _imported(found[label])
         for name in _global_names(used.__code__) & used.__globals__.keys():
             value = inspect.unwrap(used.__globals__[name])  # what a tf.function holds
             if not hasattr(value, "__name__"):
                 found[name] = _json(f"global variable {name!r} of {function.__name__}", value)
-            elif getattr(value, "__module__", None) == function.__module__:
-                parts = [value, *(member for _, member in inspect.getmembers(value, inspect.isfunction))]
-                todo |= {part.__qualname__: part for part in parts if inspect.isfunction(part)
-                         and part.__module__ == function.__module__ and part.__qualname__ not in found}
-    return [function.__module__, function.__qualname__, sorted(found.items()), sorted(helpers.items())]
+                continue
+            parts = [value]
+            if getattr(value, "__module__", None) == function.__module__:
+                members = inspect.getmembers(value, inspect.isfunction)
+                parts += [*getattr(value, "__mro__", ()), *(member for _, member in members)]
+            modules |= {getattr(part, "__module__", None) or part.__name__ for part in parts}
+            todo |= {part.__qualname__: part for part in parts if inspect.isfunction(part)
+                     and part.__module__ == function.__module__ and part.__qualname__ not in found}
+    return [function.__module__, function.__qualname__, sorted(found.items()), _helpers(modules)]
+
+
+def _helpers(modules):
+    """Return the code of the helpers among `modules` and of what they import, but for those that compute nothing."""
+    found, todo = {}, set(modules)
+    while todo:
+        package, _, name = todo.pop().partition(".")
+        if package == "helpers":  # the package itself may stand for any of its modules
+            for path in Path(__file__).parent.glob(f"{name.partition('.')[0] or '*'}.py"):
+                if path.stem not in _NO_COMPUTE | found.keys():
+                    found[path.stem] = _bare(path.read_text(encoding="utf-8"))
+                    todo |= _imported(found[path.stem])
+    return sorted(found.items())
+
+
+def _imported(source):
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    return {f"{getattr(node, 'module', '')}.{alias.name}".lstrip(".") for node in nodes for alias in node.names}
 
 
 def _global_names(code):

@@ -207,9 +207,11 @@ def test_repr_is_short():
 # ── the mirror ──
 
 
-def test_an_unknown_name_lists_the_known():
-    with pytest.raises(ValueError, match="name: got 'minst', expected one of digits, textures, mnist"):
+def test_an_unknown_name_comes_with_a_suggestion_or_the_known():
+    with pytest.raises(ValueError, match="name: unknown 'minst', did you mean 'mnist'?"):
         data.load("minst")
+    with pytest.raises(ValueError, match="name: unknown 'x', expected one of digits, textures, mnist"):
+        data.load("x")
 
 
 def test_the_mirror_comes_first(mirror):

@@ -309,24 +309,52 @@ def test_arguments_data_and_versions_count(chapter, monkeypatch):
     assert chapter(MODULE, grid=[{"x": 1}]) == 4
 
 
-def test_the_helpers_that_compute_count(tmp_path, chapter, monkeypatch):
+@pytest.fixture
+def changed(tmp_path, monkeypatch):
+    """A copy of the helpers whose modules the key is made from; append text to one of them."""
     package = tmp_path / "helpers"
     shutil.copytree(Path(units.__file__).parent, package)
     monkeypatch.setattr(units, "__file__", str(package / "units.py"))
-    assert chapter(MODULE) == 1
-    text = (package / "attacks.py").read_text()
-    (package / "attacks.py").write_text(text + "\n# a comment\n")
-    assert chapter(MODULE) == 1
-    (package / "figures.py").write_text((package / "figures.py").read_text() + "\nred = 1\n")
-    assert chapter(MODULE) == 1
-    (package / "attacks.py").write_text(text + "\nsteps = 1\n")
-    assert chapter(MODULE) == 2
-    (package / "adaptive.py").write_text("steps = 1\n")  # a chapter to come brings its modules along
-    assert chapter(MODULE) == 3
-    module = MODULE.replace("STEPS", "attacks")  # a name that a module of the helpers has too
-    assert chapter(module) == 4
-    (package / "attacks.py").write_text(text)
-    assert chapter(module) == 5
+
+    def change(module, text="\nextra = 1\n"):
+        with open(package / f"{module}.py", "a") as file:
+            file.write(text)
+
+    return change
+
+
+USES = {  # how a unit comes to use helpers.training, the attacks it imports and the models that these import
+    "module": ("from helpers import training", "len(training.__name__)"),
+    "name": ("from helpers.training import fit", "len(fit.__name__)"),
+    "alias": ("from helpers import training as t", "len(t.__name__)"),
+    "package": ("import helpers.training", "len(helpers.training.__name__)"),
+    "inside": ("", "len(__import__('helpers').__name__)\n    from helpers import training"),
+    "base class": ("from helpers.training import Adversary\nclass Mine(Adversary):\n    pass", "len(Mine.__name__)"),
+}
+
+
+@pytest.mark.parametrize(("imports", "use"), USES.values(), ids=USES)
+def test_the_helpers_that_a_unit_reaches_count(chapter, changed, imports, use):
+    text = f"{imports}\ndef helper(x):\n    y = {use}\n    return y\ndef unit(x):\n    return {{'y': helper(x)}}\n"
+    assert chapter(text) == 1
+    changed("training", "\n# a comment\n")
+    for module in ("figures", "records", "files", "units"):  # these compute nothing
+        changed(module)
+    assert chapter(text) == 1
+    for files, module in enumerate(("training", "attacks", "models", "threat"), start=2):
+        changed(module)
+        assert chapter(text) == files
+
+
+def test_the_helpers_that_a_unit_does_not_reach_do_not_count(chapter, changed):
+    text = "from helpers import attacks, models\ndef unit(x):\n    return {'name': models.__name__}\n"
+    assert chapter(text) == chapter(MODULE, folder="none") == 1
+    for module in ("attacks", "evaluation", "threat", "a_later_chapter"):
+        changed(module)
+    assert chapter(text) == chapter(MODULE, folder="none") == 1
+    changed("models")
+    assert chapter(MODULE, folder="none") == 1
+    assert chapter(text) == 2
 
 
 def test_the_key_is_the_same_in_another_process(tmp_path):
