@@ -68,10 +68,12 @@ class Closeness:
         """Mean distribution of each class, (classes, d): Q of Eqn. 12."""
         return np.stack([distribution(members).numpy().mean(axis=0) for members in self.points])
 
-    def lid(self, features, neighbours=20, batch_size=500):
-        """Local intrinsic dimensionality (n,) from the distances to the nearest points (Ma et al. 2018, Eqn. 4)."""
-        points, parts = np.concatenate(self.points), range(0, len(features), batch_size)
-        return np.concatenate([_lid(features[i : i + batch_size], points, neighbours) for i in parts])
+    def lid(self, features, neighbours=20, reference=200):
+        """Local intrinsic dimensionality (n,) of activations (n, d), by maximum likelihood (Ma et al. 2018, Eqn. 4).
+
+        From the distances to the nearest of the first `reference` points of every class.
+        """
+        return _lid(features, np.concatenate(self.thin(reference).points), neighbours).numpy()
 
 
 def distribution(features):
