@@ -150,11 +150,12 @@ class Record(_Strict):
     def claim(self, id: str, values, note="", direction: bool | None = None, choice_tie=False) -> Verdict:
         """Add our `values` of a claim, one a seed (by column where the paper has several), and return the verdict.
 
-        number: reproduced within the claim's tolerance, or within 2 sd of our mean where n >= 3; else `direction` says
-        whether the effect has the paper's sign. order: values are differences, positive where the statement holds;
-        reproduced beyond 2 standard errors. choice: what each seed selected; `choice_tie` says that the paper's choice
-        is as good within one standard error. shown: `direction` says whether the statement holds. `values=None`: it
-        cannot be tested, and `note` says why. The worst column counts; the profile smoke tests nothing.
+        number: reproduced within the claim's tolerance, or (the note says so) within 2 sd of our mean where n >= 3;
+        else `direction` says whether the effect has the paper's sign. order: values are differences, positive where
+        the statement holds; reproduced beyond 2 standard errors. choice: what each seed selected; `choice_tie` says
+        that the paper's choice is as good within one standard error. shown: `direction` says whether the statement
+        holds. `values=None`: it cannot be tested, and `note` says why. The worst column counts; the profile smoke
+        tests nothing.
         Raises ValueError for an id that is not one of this chapter or was given before, and for what a claim lacks.
         """
         every = claims()
@@ -171,6 +172,10 @@ class Record(_Strict):
         ours = {part: _measure(seeds) for part, seeds in parts.items()}
         ranks = [_judge(claim, ours[part], papers[part], direction, choice_tie) for part in ours]
         verdict = _VERDICTS[max(ranks) if ranks and self.profile != "smoke" else 3]  # smoke is never a reproduction
+        if verdict == "reproduced" and claim.kind == "number" and any(
+                abs(ours[part].mean - papers[part]) > claim.tolerance + 1e-9 for part in ours):
+            note = "; ".join(filter(None, [note, f"beyond the tolerance of {claim.tolerance:g}, within two standard "
+                                                 "deviations of the seeds"]))
         self.claims.append(Outcome(id=id, ours=ours.get("", ours or None), note=note, verdict=verdict))
         return verdict
 

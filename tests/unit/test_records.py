@@ -132,6 +132,17 @@ def test_number_within_two_standard_deviations(own_claims):
     assert start().claim("02.number", 0.9892 + 0.02001 + spread) == "not-reproduced"
 
 
+def test_a_number_reproduced_by_a_wide_spread_alone_says_so(own_claims):
+    """A wide spread makes it easy to be within two standard deviations: the reader has to see it."""
+    record = start()
+    assert record.claim("02.number", [0.97, 0.98, 0.99], "our note") == "reproduced"
+    assert record.claims[-1].note == (
+        "our note; beyond the tolerance of 0.004, within two standard deviations of the seeds")
+    record = start()
+    assert record.claim("02.number", [0.9892, 0.9892, 0.9893], "our note") == "reproduced"
+    assert record.claims[-1].note == "our note"
+
+
 def test_a_claim_without_values_is_not_testable():
     record = start()
     assert record.claim(ACCURACY, None, note="the paper's data is not public") == "not-testable"
