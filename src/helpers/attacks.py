@@ -31,7 +31,7 @@ LOSSES = {"cross-entropy": cross_entropy, "margin": margin}
 
 
 @lru_cache(maxsize=32)
-def _loop(model, shape, norm, bounds, loss, targeted, keep_best):
+def _loop(model, shape, norm, bounds, loss, targeted, keep_best, success=margin):
     """Compile `steps` ascent steps for one network; sizes, eps and step size stay tensors, so nothing is retraced."""
     images, number = tf.TensorSpec((None, *shape), tf.float32), tf.TensorSpec((), tf.float32)
     per_image = tf.TensorSpec((None,), tf.float32)
@@ -42,7 +42,7 @@ def _loop(model, shape, norm, bounds, loss, targeted, keep_best):
         return tf.cast(inference(model)(x), tf.float32)
 
     def better(x_adv, logits, y, best, best_score):
-        score = sign * margin(logits, y)
+        score = sign * success(logits, y)
         won = score > best_score
         return tf.where(won[:, None, None, None], x_adv, best), tf.where(won, score, best_score)
 
@@ -85,9 +85,11 @@ def _checked(model, x, y, threat, **positive):
     return y.astype("int64")
 
 
-def _ascend(model, x, y, start, threat, *, steps, step_size, loss, targeted, keep_best, compact, batch_size):
+def _ascend(
+    model, x, y, start, threat, *, steps, step_size, loss, targeted, keep_best, compact, batch_size, success=margin
+):
     """Run the loop over batches. Returns (images, scores): last iterates, or the best ones with `keep_best`."""
-    loop = _loop(model, x.shape[1:], threat.norm, threat.bounds, loss, targeted, keep_best)
+    loop = _loop(model, x.shape[1:], threat.norm, threat.bounds, loss, targeted, keep_best, success)
     current, best, score = start.copy(), start.copy(), np.full(len(x), -np.inf, "float32")
     active, chunk = np.arange(len(x)), 5 if compact else steps
     for done in range(0, steps, chunk):
@@ -102,10 +104,10 @@ def _ascend(model, x, y, start, threat, *, steps, step_size, loss, targeted, kee
     return (best, score) if keep_best else (current, score)
 
 
-def _margins(model, x, y, batch_size):
+def _margins(model, x, y, batch_size, success=margin):
     graph, parts = compiled(model), range(0, len(x), batch_size)
     logits = np.concatenate([graph(tf.constant(x[i : i + batch_size])) for i in parts])
-    return margin(tf.constant(logits, tf.float32), y).numpy()
+    return success(tf.constant(logits, tf.float32), y).numpy()
 
 
 def fgsm(model, x, y, eps, *, targeted=False, bounds=(0.0, 1.0), batch_size=500):
@@ -128,7 +130,7 @@ def bim(model, x, y, eps, *, steps=10, step_size=None, targeted=False, bounds=(0
 
 def pgd(
     model, x, y, threat, *, steps=40, step_size=None, restarts=1, losses=("cross-entropy",), start=None,
-    targeted=False, compact=False, batch_size=500, seed=0,
+    targeted=False, compact=False, success=margin, batch_size=500, seed=0,
 ):  # fmt: skip
     """Projected gradient descent with random starts (Madry et al. 2018); the best iterate of all restarts is kept.
 
@@ -141,6 +143,7 @@ def pgd(
     start : images (n, h, w, c) to begin the first run from, e.g. the result at a smaller eps; default a random start.
     compact : let images already beaten leave the batch. The same images are beaten, in less time; the
         margins of the beaten ones are then not driven further.
+    success : function (logits, y) -> (n,) by which the best iterate is chosen, positive where an image is beaten.
     """
     y = _checked(model, x, y, threat, steps=steps, step_size=step_size, restarts=restarts, batch_size=batch_size)
     if not losses or isinstance(losses, str) or any(not callable(name) and name not in LOSSES for name in losses):
@@ -149,7 +152,7 @@ def pgd(
         check_images(start, "start", threat.bounds)
         if start.shape != x.shape:
             raise ValueError(f"start has shape {start.shape}; expected that of x, {x.shape}")
-    best, score = x.copy(), (-1 if targeted else 1) * _margins(model, x, y, batch_size)
+    best, score = x.copy(), (-1 if targeted else 1) * _margins(model, x, y, batch_size, success)
     for restart in range(restarts):
         warm = start is not None and restart == 0
         first = threat.project(start, x).numpy() if warm else threat.random_start(x, (seed, restart))
@@ -159,7 +162,7 @@ def pgd(
         images, scores = _ascend(
             model, x[active], y[active], first[active], threat, steps=steps,
             step_size=step_size or 2.5 * threat.eps / steps, loss=losses[restart % len(losses)],
-            targeted=targeted, keep_best=True, compact=compact, batch_size=batch_size,
+            targeted=targeted, keep_best=True, compact=compact, batch_size=batch_size, success=success,
         )  # fmt: skip
         won = scores > score[active]
         best[active[won]], score[active[won]] = images[won], scores[won]
