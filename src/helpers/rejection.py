@@ -26,7 +26,7 @@ from helpers import files, models
 from helpers.threat import check_images, check_labels
 
 OUTCOMES = ("correct", "rejected", "evaded")
-_ARRAYS = ("vectors", "weights", "bias")
+_ARRAYS = ("vectors", "columns", "weights", "bias")
 _UNCOUNTED = (keras.layers.Flatten, keras.layers.Dropout, keras.layers.InputLayer)  # not in the paper's Table 1
 
 
@@ -34,11 +34,13 @@ _UNCOUNTED = (keras.layers.Flatten, keras.layers.Dropout, keras.layers.InputLaye
 class SVM:
     """RBF-SVMs, one a class against the rest, over the union of their support vectors.
 
-    vectors : (m, p) float32. weights : (m, classes) float64, alpha_i y_i, 0 where i supports another class only.
+    vectors : (m, q) float32, in the q of p features that are not zero in all of them. columns : (p,) bool, which.
+    weights : (m, classes) float64, alpha_i y_i, 0 where i supports another class only.
     bias : (classes,) float64. gamma, C : as fitted.
     """
 
     vectors: np.ndarray
+    columns: np.ndarray
     weights: np.ndarray
     bias: np.ndarray
     gamma: float
@@ -48,7 +50,9 @@ class SVM:
     def _tensors(self):
         with tf.init_scope():  # once and outside of any graph, which could not hold more than 2 GB
             norms = np.einsum("ij,ij->i", self.vectors, self.vectors, dtype=np.float64)
-            return [tf.constant(array) for array in (self.vectors, norms, self.weights, self.bias)]
+            there, back = np.flatnonzero(self.columns), np.cumsum(self.columns) - 1
+            back[~self.columns] = len(there)  # where `_distances` has a column of zeros
+            return [tf.constant(array) for array in (self.vectors, norms, there, back, self.weights, self.bias)]
 
     def scores(self, h, widths=(1.0,), dtype=tf.float32):
         """Decision values of features `h` (n, p) float64, a tensor (n, classes) float64 for each factor on gamma.
@@ -56,24 +60,26 @@ class SVM:
         The two large matrix products run in `dtype`, all else in float64: exp(-gamma d^2) underflows in float32 beyond
         gamma d^2 = 103, and its gradient with it.
         """
-        vectors, norms, weights, bias = self._tensors
-        if h.shape[1] != vectors.shape[1]:
-            raise ValueError(f"h has {h.shape[1]} features; expected {vectors.shape[1]}, those of the support vectors")
-        distances = _distances(h, tf.cast(vectors, dtype), norms)
+        vectors, norms, there, back, weights, bias = self._tensors
+        if h.shape[1] != len(self.columns):
+            raise ValueError(f"h has {h.shape[1]} features; expected {len(self.columns)}, those of the support vectors")
+        distances = _distances(h, tf.cast(vectors, dtype), norms, there, back)
         return [tf.exp(-self.gamma * width * distances) @ weights + bias for width in widths]
 
 
-def _distances(h, vectors, norms):
+def _distances(h, vectors, norms, there, back):
     """Squared distances (n, m) float64 with a gradient whose small numbers survive a product in float32."""
 
     @tf.custom_gradient
     def distances(h):
-        products = tf.cast(tf.matmul(tf.cast(h, vectors.dtype), vectors, transpose_b=True), tf.float64)
+        used = tf.cast(tf.gather(h, there, axis=1), vectors.dtype)
+        products = tf.cast(tf.matmul(used, vectors, transpose_b=True), tf.float64)
 
         def gradient(upstream):
             scale = tf.reduce_max(tf.abs(upstream), axis=1, keepdims=True)
             shares = upstream / tf.where(scale > 0, scale, 1.0)
-            pull = tf.cast(tf.matmul(tf.cast(shares, vectors.dtype), vectors), tf.float64)
+            pull = tf.pad(tf.matmul(tf.cast(shares, vectors.dtype), vectors), [[0, 0], [0, 1]])
+            pull = tf.cast(tf.gather(pull, back, axis=1), tf.float64)
             return 2 * scale * (h * tf.reduce_sum(shares, axis=1, keepdims=True) - pull)
 
         return tf.nn.relu(tf.reduce_sum(h**2, axis=1, keepdims=True) + norms - 2 * products), gradient
@@ -208,7 +214,7 @@ def squared_distances(a, rows=2048, label=None):
     if each * n**2 > free:
         raise MemoryError(f"{n:,} samples need {each * n**2 / 1e9:.3g} GB for their kernel, {free / 1e9:.3g} GB are "
                           f"free: fit at most {int((free / each) ** 0.5):,}")
-    a = np.ascontiguousarray(a, np.float32)
+    a = np.ascontiguousarray(a[:, np.any(a, axis=0)], np.float32)  # columns of zeros add nothing
     out, norms = np.empty((n, n), np.float32), np.einsum("ij,ij->i", a, a, dtype=np.float64).astype("float32")
     for i in tqdm(range(0, n, rows), desc=label, disable=label is None, unit="block"):
         j = min(i + rows, n)
@@ -342,8 +348,9 @@ def prepare(network, x, layers, label=None):
 
 
 def _svm(h, weights, bias, gamma, C):
-    used = np.abs(weights).any(axis=1)
-    return SVM(h[used], weights[used], bias, float(gamma), float(C))
+    used = weights.any(axis=1)
+    columns = h[used].any(axis=0)
+    return SVM(h[used][:, columns], columns, weights[used], bias, float(gamma), float(C))
 
 
 def _count_classes(y, least=1):

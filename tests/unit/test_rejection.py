@@ -88,6 +88,7 @@ def test_only_support_vectors_are_kept():
     svm = fitted(h, y, 1.0, 0.1)
     own = [SVC(C=1.0, gamma=0.1, tol=1e-4).fit(h.astype("float64"), y == k).support_ for k in range(CLASSES)]
     np.testing.assert_array_equal(svm.vectors, h[np.unique(np.concatenate(own))])
+    assert svm.columns.all()
     assert (svm.weights == 0).any() and svm.weights.any(axis=1).all()  # a union: not each supports each class
 
 
@@ -134,8 +135,9 @@ def test_probabilities_are_calibrated():
 
 
 def single(x):
-    """A single-class, two-vector SVM by hand: scores and gradient from the equation."""
-    svm = SVM(np.array([[0.0, 0.0], [1.0, 2.0]], "float32"), np.array([[1.0], [-0.5]]), np.array([0.3]), 0.7, 1.0)
+    """An SVM of one class and two vectors by hand: scores and gradient from the equation."""
+    weights, bias = np.array([[1.0], [-0.5]]), np.array([0.3])
+    svm = SVM(np.array([[0.0, 0.0], [1.0, 2.0]], "float32"), np.ones(2, bool), weights, bias, 0.7, 1.0)
     h = tf.constant(x, tf.float64)
     with tf.GradientTape() as tape:
         tape.watch(h)
@@ -149,6 +151,24 @@ def test_the_rbf_gradient_is_that_of_the_equation():
     scores, expected, gradient, by_hand = single(np.random.default_rng(0).normal(size=(20, 2)))
     np.testing.assert_allclose(scores, expected, rtol=1e-10)
     np.testing.assert_allclose(gradient, by_hand, rtol=1e-9, atol=1e-12)
+
+
+def test_features_that_no_support_vector_has_still_count():
+    """They are dropped from the products, not from the distance."""
+    h, y = blobs()
+    h[:, 3:] = 0
+    svm, new = fitted(h, y, 1.0, 0.1), tf.constant(blobs(8, seed=1)[0], tf.float64)
+    assert svm.vectors.shape[1] == 3 and svm.columns.tolist() == [True] * 3 + [False] * 2
+    whole = replace(svm, vectors=np.pad(svm.vectors, ((0, 0), (0, 2))), columns=np.ones(5, bool))
+    gradients = []
+    for machine in (svm, whole):
+        with tf.GradientTape() as tape:
+            tape.watch(new)
+            scores = machine.scores(new)[0]
+        gradients.append((scores.numpy(), tape.gradient(scores, new).numpy()))
+    np.testing.assert_allclose(gradients[0][0], gradients[1][0], rtol=1e-6)
+    np.testing.assert_allclose(gradients[0][1], gradients[1][1], rtol=1e-5, atol=1e-9)
+    assert np.abs(gradients[0][1][:, 3:]).max() > 1e-3
 
 
 def in_float64(defence):
@@ -180,9 +200,11 @@ def directions(defence, x, scaled):
 def test_a_kernel_that_underflows_in_float32_keeps_its_direction(nr):
     """gamma d^2 of about 250: exp(-250) is 0 in float32."""
     h = rejection.features(nr.network, NEW, (4,))[0].astype("float64")
-    nearest = ((h[:, None] - nr.svms[0].vectors) ** 2).sum(-1).min(1).max()
-    sharp = replace(nr, svms=(replace(nr.svms[0], gamma=250 / nearest),))
-    i = np.argsort(((h[:, None] - nr.svms[0].vectors) ** 2).sum(-1).min(1))[-3:]
+    vectors = np.zeros((len(nr.svms[0].vectors), 8))
+    vectors[:, nr.svms[0].columns] = nr.svms[0].vectors
+    nearest = ((h[:, None] - vectors) ** 2).sum(-1).min(1)
+    sharp = replace(nr, svms=(replace(nr.svms[0], gamma=250 / nearest.max()),))
+    i = np.argsort(nearest)[-3:]
     assert not directions(sharp, NEW[i], scaled=False)[0][-1].any()  # lost
     exact = directions(in_float64(sharp), NEW[i].astype("float64"), scaled=False)[1]
     np.testing.assert_allclose(directions(sharp, NEW[i], scaled=True)[1], exact, atol=1e-3)
@@ -211,7 +233,7 @@ def test_features_are_the_layers_outputs_in_test_mode(network):
 def test_dnr_is_a_combiner_on_the_scores_of_its_layers(dnr):
     stacked = [svm.scores(tf.constant(h, tf.float64))[0].numpy()
                for svm, h in zip(dnr.svms, rejection.features(dnr.network, NEW, dnr.layers), strict=True)]  # fmt: skip
-    assert dnr.combiner.vectors.shape[1] == 3 * CLASSES
+    assert len(dnr.combiner.columns) == 3 * CLASSES
     expected = dnr.combiner.scores(tf.constant(np.concatenate(stacked, axis=1)))[0]
     np.testing.assert_allclose(dnr.scores(NEW)[0], expected, atol=1e-5)
     probabilities = expit(rejection.evaluate(dnr, NEW)[:, :-1])
