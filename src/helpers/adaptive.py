@@ -72,24 +72,47 @@ def kernel_density(x, y, bandwidth):
 
 
 def strong(
-    defence, x, y, threat, x_train, y_train, *, steps=200, step_size=None, restarts=3, width=0.1, density=None,
-    weight=0.0, batch_size=500, seed=0,
+    defence, x, y, threat, x_train, y_train, *, steps=200, restarts=4, width=0.3, density=None, weight=0.0,
+    batch_size=500, seed=0,
 ):  # fmt: skip
-    """PGD on the reject-aware margin that also gets out of the plateaus of the kernel; the best iterate is kept.
+    """PGD on the reject-aware margin, from starts that already resemble another class; the best iterate is kept.
 
-    Steps are normalised. The first run starts from the best training point (`nearest_starts`), the others at random;
-    every second one ascends the margin of the defence with every gamma times `width`, whose gradient does not vanish.
+    Every restart takes `steps` normalised steps: half of them on the defence with every gamma times `width`, whose
+    gradient reaches further, then half on the defence itself. The second restart begins at `nearest_starts`, the others
+    where PGD drives the bare network to the most, the next, ... probable wrong class. Images that evade leave.
     `density`, from `kernel_density`, adds `weight` times the log-density of the wrong class to the loss.
     """
-    z = evaluate(defence, x)
-    classes = z.shape[1] - 1
+    for name, value in {"steps": steps, "restarts": restarts, "width": width}.items():
+        if not value > 0:
+            raise ValueError(f"{name} is {value}; expected a number > 0")
+    order = evaluate(Defence(defence.network), x)[:, :-1]
+    classes = order.shape[1]
     check_labels(y, len(x), classes)
-    losses = (evasion(classes) if density is None else dense_evasion(classes, weight), evasion(classes, 1))
-    start = nearest_starts(defence, x, y, threat, x_train, y_train)
-    return attacks.pgd(
-        _views(defence, width, density), x, y, threat, steps=steps, step_size=step_size, restarts=restarts,
-        losses=losses, start=start, compact=True, success=evasion(classes), batch_size=batch_size, seed=seed,
-    )  # fmt: skip
+    order[np.arange(len(x)), y] = -np.inf
+    order = np.argsort(-order, axis=1)
+    loss, soft, success = evasion(classes), evasion(classes, 1), evasion(classes)
+    loss = loss if density is None else dense_evasion(classes, weight)
+    best, score = x.copy(), success(evaluate(defence, x), tf.constant(y, tf.int64)).numpy()
+    model, options = _views(defence, width, density), {"batch_size": batch_size, "seed": seed}
+    for restart in range(restarts):
+        left = np.flatnonzero(score <= 0)
+        if not left.size:
+            break
+        now, label = x[left], y[left]
+        if restart == 1:
+            start = nearest_starts(defence, now, label, threat, x_train, y_train)
+        else:
+            target = order[left, max(0, restart - 1) % (classes - 1)]
+            start = attacks.pgd(defence.network, now, target, threat, losses=("margin",), targeted=True, **options)
+        if steps > 1:
+            start = attacks.pgd(model, now, label, threat, steps=steps // 2, losses=(soft,), success=soft,
+                                start=start, **options)
+        found = attacks.pgd(model, now, label, threat, steps=-(-steps // 2), losses=(loss,), success=success,
+                            start=start, compact=True, **options)
+        new = success(evaluate(defence, found), tf.constant(label, tf.int64)).numpy()
+        won = new > score[left]
+        best[left[won]], score[left[won]] = found[won], new[won]
+    return best
 
 
 def nearest_starts(defence, x, y, threat, x_train, y_train, candidates=5):

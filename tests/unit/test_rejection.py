@@ -404,6 +404,21 @@ def test_the_strong_attack_is_at_least_as_good_as_the_papers(defence):
         assert strong >= weak
 
 
+def test_more_restarts_and_the_smoothed_half_never_lose_an_image(dnr):
+    threat, aware = ThreatModel("l2", 0.7), adaptive.evasion(CLASSES)
+    gains = [aware(rejection.evaluate(dnr, adaptive.strong(dnr, NEW, NEW_Y, threat, X, Y, steps=10, restarts=r)),
+                   tf.constant(NEW_Y)).numpy() for r in (1, 2, 4)]  # fmt: skip
+    assert (gains[0] > 0).sum() <= (gains[1] > 0).sum() <= (gains[2] > 0).sum()
+    clean = aware(rejection.evaluate(dnr, NEW), tf.constant(NEW_Y)).numpy()
+    assert all((gain >= clean).all() for gain in gains) and (gains[2] > clean).any()
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"restarts": 0}, {"width": -1.0}])
+def test_bad_arguments_of_the_strong_attack_are_named(nr, options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} is"):
+        adaptive.strong(nr, NEW, NEW_Y, ThreatModel("l2", 1.0), X, Y, **options)
+
+
 def test_the_strong_attack_evades_everything_in_a_large_ball(defence):
     assert evaded(defence, attacked(defence, "strong", 6.0)) == 1
 
