@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from helpers import attacks
 from helpers.models import compiled
-from helpers.rejection import Defence, evaluate
+from helpers.rejection import Defence, evaluate, load
 from helpers.threat import check_images, check_labels, project
 
 
@@ -178,6 +178,13 @@ def algorithm_1(defence: Defence, x, y, threat, *, step_size, steps=100, toleran
         if not active.size:
             break
     return current, taken
+
+
+@lru_cache(maxsize=1)
+def target(path):
+    """The defence that `rejection.save` wrote to `path`, kept with its graphs until the next one is asked for."""
+    clear_graphs()
+    return load(path)
 
 
 def clear_graphs():

@@ -498,3 +498,12 @@ def test_cleared_graphs_are_built_again(nr):
     adaptive.clear_graphs()
     assert not models.compiled.cache_info().currsize
     np.testing.assert_array_equal(rejection.evaluate(nr, NEW), before)
+
+
+def test_a_target_is_kept_until_the_next_one(nr, dnr, tmp_path):
+    first, second = (tmp_path / rejection.save(defence, tmp_path) for defence in (nr, dnr))
+    kept = adaptive.target(first)
+    rejection.evaluate(kept, NEW)
+    assert adaptive.target(first) is kept and models.compiled.cache_info().currsize == 1
+    assert adaptive.target(second).layers == dnr.layers
+    assert not models.compiled.cache_info().currsize
