@@ -30,8 +30,9 @@ test: $(READY) ## run every test, the notebooks' smoke runs and the rendered sit
 paper: $(READY) ## run the paper profile for hours, resumable, and put its results under book/ [CHAPTER=02]
 	@$(HELPERS) paper $(CHAPTERS)
 
-bench: $(PEERS) ## measure the attacks against other libraries
-	@PYTHONPATH=_build/bench-peers $(BIN)/python tests/benchmarks/bench.py $(BENCH)
+bench: $(PEERS) ## measure the attacks and the detectors against other libraries, some five minutes [BENCH="--repeats 5"]
+	@PYTHONPATH=_build/bench-peers $(BIN)/python tests/benchmarks/bench_attacks.py $(BENCH)
+	@$(BIN)/python tests/benchmarks/bench_detection.py $(BENCH)
 
 lint: $(READY) ## check style, spelling, notebooks without outputs and the workflows
 	@$(BIN)/ruff check .
