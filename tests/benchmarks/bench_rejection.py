@@ -5,7 +5,7 @@
     step   one gradient step of the attack on the whole DNR against one on the bare network
     large  (with --large) DNR with the paper's C and gamma on that many images: seconds and the largest memory
 
-Usage: python tests/benchmarks/rejection.py [--help]. MNIST is downloaded, or read from the folder HELPERS_DATA.
+Usage: python tests/benchmarks/bench_rejection.py [--help]. MNIST is downloaded, or read from the folder HELPERS_DATA.
 """
 
 import helpers  # noqa: F401, I001 - first: it turns oneDNN on, which has to happen before TensorFlow loads
