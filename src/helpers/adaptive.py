@@ -90,28 +90,33 @@ def strong(
     check_labels(y, len(x), classes)
     order[np.arange(len(x)), y] = -np.inf
     order = np.argsort(-order, axis=1)
-    loss, soft, success = evasion(classes), evasion(classes, 1), evasion(classes)
-    loss = loss if density is None else dense_evasion(classes, weight)
+    soft, success = evasion(classes, 1), evasion(classes)
+    hard = success if density is None else dense_evasion(classes, weight)
     best, score = x.copy(), success(evaluate(defence, x), tf.constant(y, tf.int64)).numpy()
     model, options = _views(defence, width, density), {"batch_size": batch_size, "seed": seed}
+
+    def keep(left, images):
+        new = success(evaluate(defence, images), tf.constant(y[left], tf.int64)).numpy()
+        won = new > score[left]
+        best[left[won]], score[left[won]] = images[won], new[won]
+        return new <= 0
+
     for restart in range(restarts):
         left = np.flatnonzero(score <= 0)
-        if not left.size:
-            break
-        now, label = x[left], y[left]
-        if restart == 1:
-            start = nearest_starts(defence, now, label, threat, x_train, y_train)
-        else:
+        if left.size and restart == 1:
+            start = nearest_starts(defence, x[left], y[left], threat, x_train, y_train)
+        elif left.size:
             target = order[left, max(0, restart - 1) % (classes - 1)]
-            start = attacks.pgd(defence.network, now, target, threat, losses=("margin",), targeted=True, **options)
-        if steps > 1:
-            start = attacks.pgd(model, now, label, threat, steps=steps // 2, losses=(soft,), success=soft,
-                                start=start, **options)
-        found = attacks.pgd(model, now, label, threat, steps=-(-steps // 2), losses=(loss,), success=success,
-                            start=start, compact=True, **options)
-        new = success(evaluate(defence, found), tf.constant(label, tf.int64)).numpy()
-        won = new > score[left]
-        best[left[won]], score[left[won]] = found[won], new[won]
+            start = attacks.pgd(defence.network, x[left], target, threat, losses=("margin",), targeted=True, **options)
+        stand = keep(left, start) if left.size else np.zeros(0, bool)
+        if not stand.any():
+            continue
+        left, start = left[stand], start[stand]
+        for loss, good, n in ((soft, soft, steps // 2), (hard, success, -(-steps // 2))):
+            if n:
+                start = attacks.pgd(model, x[left], y[left], threat, steps=n, losses=(loss,), success=good, start=start,
+                                    compact=good is success, **options)
+        keep(left, start)
     return best
 
 
