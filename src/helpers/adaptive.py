@@ -103,20 +103,21 @@ def strong(
 
     for restart in range(restarts):
         left = np.flatnonzero(score <= 0)
-        if left.size and restart == 1:
+        if not left.size:
+            break
+        if restart == 1:
             start = nearest_starts(defence, x[left], y[left], threat, x_train, y_train)
-        elif left.size:
+        else:
             target = order[left, max(0, restart - 1) % (classes - 1)]
             start = attacks.pgd(defence.network, x[left], target, threat, losses=("margin",), targeted=True, **options)
-        stand = keep(left, start) if left.size else np.zeros(0, bool)
-        if not stand.any():
-            continue
+        stand = keep(left, start)
         left, start = left[stand], start[stand]
         for loss, good, n in ((soft, soft, steps // 2), (hard, success, -(-steps // 2))):
-            if n:
+            if n and left.size:
                 start = attacks.pgd(model, x[left], y[left], threat, steps=n, losses=(loss,), success=good, start=start,
                                     compact=good is success, **options)
-        keep(left, start)
+        if left.size:
+            keep(left, start)
     return best
 
 
