@@ -57,8 +57,7 @@ def kernel_density(x, y, bandwidth):
 
     The kernel is Gaussian on pixels with standard deviation `bandwidth` (Biggio et al. 2013; paper 01's future work).
     """
-    if not bandwidth > 0:
-        raise ValueError(f"bandwidth is {bandwidth}; expected a number > 0")
+    check_positive(bandwidth=bandwidth)
     points = tf.constant(x.reshape(len(x), -1), tf.float64)
     other = tf.constant(np.where(y[:, None] == np.arange(int(y.max()) + 1), 0.0, -np.inf))
 
@@ -88,28 +87,34 @@ def strong(
     check_labels(y, len(x), classes)
     order[np.arange(len(x)), y] = -np.inf
     order = np.argsort(-order, axis=1)
-    loss, soft, success = evasion(classes), evasion(classes, 1), evasion(classes)
-    loss = loss if density is None else dense_evasion(classes, weight)
+    soft, success = evasion(classes, 1), evasion(classes)
+    hard = success if density is None else dense_evasion(classes, weight)
     best, score = x.copy(), success(evaluate(defence, x), tf.constant(y, tf.int64)).numpy()
     model, options = _views(defence, width, density), {"batch_size": batch_size, "seed": seed}
+
+    def keep(left, images):
+        new = success(evaluate(defence, images), tf.constant(y[left], tf.int64)).numpy()
+        won = new > score[left]
+        best[left[won]], score[left[won]] = images[won], new[won]
+        return new <= 0
+
     for restart in range(restarts):
         left = np.flatnonzero(score <= 0)
         if not left.size:
             break
-        now, label = x[left], y[left]
         if restart == 1:
-            start = nearest_starts(defence, now, label, threat, x_train, y_train)
+            start = nearest_starts(defence, x[left], y[left], threat, x_train, y_train)
         else:
             target = order[left, max(0, restart - 1) % (classes - 1)]
-            start = attacks.pgd(defence.network, now, target, threat, losses=("margin",), targeted=True, **options)
-        if steps > 1:
-            start = attacks.pgd(model, now, label, threat, steps=steps // 2, losses=(soft,), goal=soft,
-                                start=start, **options)
-        found = attacks.pgd(model, now, label, threat, steps=-(-steps // 2), losses=(loss,), goal=success,
-                            start=start, compact=True, **options)
-        new = success(evaluate(defence, found), tf.constant(label, tf.int64)).numpy()
-        won = new > score[left]
-        best[left[won]], score[left[won]] = found[won], new[won]
+            start = attacks.pgd(defence.network, x[left], target, threat, losses=("margin",), targeted=True, **options)
+        stand = keep(left, start)
+        left, start = left[stand], start[stand]
+        for loss, good, n in ((soft, soft, steps // 2), (hard, success, -(-steps // 2))):
+            if n and left.size:
+                start = attacks.pgd(model, x[left], y[left], threat, steps=n, losses=(loss,), goal=good, start=start,
+                                    compact=good is success, **options)
+        if left.size:
+            keep(left, start)
     return best
 
 

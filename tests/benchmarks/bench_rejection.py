@@ -24,6 +24,7 @@ from sklearn.svm import SVC
 from tqdm import tqdm
 
 from helpers import adaptive, attacks, data, evaluation, files, models, records, rejection, training
+from helpers import svm as svms
 from helpers.threat import ThreatModel
 
 TARGETS = {"fit, plain / ours": (50, ">="), "fit, largest difference of decision values": (1e-4, "<="),
@@ -54,8 +55,8 @@ def measure_fit(h, y, new, C, gamma, repeats):
     seconds = {"plain": time.perf_counter() - start, "ours": []}
     for _ in tqdm(range(repeats), desc="ours"):
         start = time.perf_counter()
-        gram = rejection.kernel(rejection.squared_distances(h), gamma)
-        svm = rejection._svm(h, *rejection.duals(gram, y, C), gamma, C)
+        gram = svms.kernel(svms.squared_distances(h), gamma)
+        svm = svms.SVM.of(h, *svms.duals(gram, y, C), gamma, C)
         seconds["ours"].append(time.perf_counter() - start)
     theirs = np.stack([one.decision_function(new) for one in plain], axis=1)
     difference = np.abs(svm.scores(tf.constant(new, tf.float64))[0] - theirs).max()

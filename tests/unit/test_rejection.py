@@ -11,7 +11,9 @@ from scipy.special import expit
 from sklearn.svm import SVC
 
 from helpers import adaptive, attacks, models, rejection
-from helpers.rejection import SVM, Defence
+from helpers import svm as svms
+from helpers.rejection import Defence
+from helpers.svm import SVM
 from helpers.threat import ThreatModel
 
 SHAPE, CLASSES = (6, 6, 1), 3
@@ -67,8 +69,8 @@ def blobs(n=150, p=5, seed=0):
 
 
 def fitted(h, y, C, gamma):
-    gram = rejection.kernel(rejection.squared_distances(h), gamma)
-    return rejection._svm(h, *rejection.duals(gram, y, C), gamma, C)
+    gram = svms.kernel(svms.squared_distances(h), gamma)
+    return svms.SVM.of(h, *svms.duals(gram, y, C), gamma, C)
 
 
 # ── The SVMs ──
@@ -96,7 +98,7 @@ def test_only_support_vectors_are_kept():
 def test_distances_do_not_depend_on_the_blocks(rows):
     h, _ = blobs(p=300)
     exact = ((h[:, None].astype("float64") - h) ** 2).sum(-1)
-    found = rejection.squared_distances(h, rows)
+    found = svms.squared_distances(h, rows)
     np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-3)
     np.testing.assert_allclose(found, found.T, rtol=1e-5, atol=1e-3)
     assert not found.diagonal().any() and found.dtype == np.float32
@@ -106,18 +108,18 @@ def test_out_of_fold_scores_come_from_the_other_folds():
     """Labels that cannot be learnt: in-sample scores know them by heart, out-of-fold scores do not."""
     rng = np.random.default_rng(0)
     h, y = rng.normal(size=(120, 20)).astype("float32"), np.arange(120) % CLASSES
-    gram = rejection.kernel(rejection.squared_distances(h), 0.5)
-    weights, bias = rejection.duals(gram, y, 10.0)
+    gram = svms.kernel(svms.squared_distances(h), 0.5)
+    weights, bias = svms.duals(gram, y, 10.0)
     assert ((gram @ weights + bias).argmax(1) == y).all()
-    assert (rejection.out_of_fold(gram, y, 10.0).argmax(1) == y).mean() < 0.6
+    assert (svms.out_of_fold(gram, y, 10.0).argmax(1) == y).mean() < 0.6
 
 
 def test_the_grid_search_tells_a_kernel_that_learns_by_heart():
     h, y = blobs(p=20)
-    found = rejection.grid_search(rejection.squared_distances(h), y, [0.1, 1.0], [1e-4, 0.05, 50.0], folds=3)
+    found = svms.grid_search(svms.squared_distances(h), y, [0.1, 1.0], [1e-4, 0.05, 50.0], folds=3)
     assert found.shape == (3, 2, 3)
     assert found[1].mean() > found[2].mean() + 0.3
-    rows = rejection.out_of_fold(rejection.kernel(rejection.squared_distances(h), 0.05), y, 1.0, folds=3)
+    rows = svms.out_of_fold(svms.kernel(svms.squared_distances(h), 0.05), y, 1.0, folds=3)
     assert found[1, 1].mean() == pytest.approx((rows.argmax(1) == y).mean())
 
 
@@ -126,9 +128,9 @@ def test_probabilities_are_calibrated():
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(4000, 2))
     y = (rng.uniform(size=4000) < expit(2 * scores[:, 1] - 1)).astype(int)
-    np.testing.assert_allclose(rejection.platt(scores, y)[:, 1], [2, -1], atol=0.2)
+    np.testing.assert_allclose(svms.platt(scores, y)[:, 1], [2, -1], atol=0.2)
     far = np.stack([-np.sign(y - 0.5), np.sign(y - 0.5)], axis=1)  # separated: Platt's targets keep the slope finite
-    assert 1 < rejection.platt(far, y)[0, 1] < 20
+    assert 1 < svms.platt(far, y)[0, 1] < 20
 
 
 # ── Gradients ──
@@ -354,16 +356,16 @@ def test_a_rate_that_is_none_is_refused(nr, rate):
 
 
 def test_too_many_samples_are_refused_before_the_work(monkeypatch):
-    monkeypatch.setattr(rejection, "_free_memory", lambda: 1e6)
+    monkeypatch.setattr(svms, "_free_memory", lambda: 1e6)
     monkeypatch.setattr(np, "einsum", None)  # would be called first
     with pytest.raises(MemoryError, match=r"400 samples need 0.00232 GB .* 0.001 GB are free: fit at most 262"):
-        rejection.squared_distances(np.zeros((400, 3), "float32"))
+        svms.squared_distances(np.zeros((400, 3), "float32"))
 
 
 def test_bad_values_of_the_grid_are_refused():
     h, y = blobs()
     with pytest.raises(ValueError, match="gamma is 0"):
-        rejection.grid_search(rejection.squared_distances(h), y, [1.0], [0])
+        svms.grid_search(svms.squared_distances(h), y, [1.0], [0])
 
 
 # ── The attacks ──
