@@ -3,6 +3,7 @@ PYTHON ?= python3
 PROFILE ?= smoke
 SHOW ?= auto
 CHAPTER ?=
+SUITE ?= attacks detection rejection
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -30,8 +31,9 @@ test: $(READY) ## run every test, the notebooks' smoke runs and the rendered sit
 paper: $(READY) ## run the paper profile for hours, resumable, and put its results under book/ [CHAPTER=02]
 	@$(HELPERS) paper $(CHAPTERS)
 
-bench: $(PEERS) ## measure the attacks against other libraries
-	@PYTHONPATH=_build/bench-peers $(BIN)/python tests/benchmarks/bench.py $(BENCH)
+bench: $(PEERS) ## measure the attacks, the detectors and the SVMs against the plain way [SUITE="attacks detection rejection"]
+	@for suite in $(SUITE); do \
+	  PYTHONPATH=_build/bench-peers $(BIN)/python tests/benchmarks/bench_$$suite.py $(BENCH) || exit; done
 
 lint: $(READY) ## check style, spelling, notebooks without outputs and the workflows
 	@$(BIN)/ruff check .

@@ -141,6 +141,7 @@ def pgd(model, x, y, threat, *, steps=40, step_size=None, restarts=1, losses=("c
     restarts : number of random starts; restart r uses loss `losses[r % len(losses)]`, each "cross-entropy",
         "margin" or a function (logits, y) -> (n,) to ascend. The margin does not vanish where the softmax saturates.
     goal : function (logits, y) -> (n,), above 0 where the attack has won; the iterate that it values most is kept.
+        When `targeted`, both turn round, as for the margin: below 0 is won, and the lowest value is kept.
     start : images (n, h, w, c) to begin the first run from, e.g. the result at a smaller eps; default a random start.
     compact : let images already beaten leave the batch: the same images are beaten, sooner, and not driven further.
     """

@@ -71,7 +71,8 @@ class Closeness:
     def lid(self, features, neighbours=20, reference=200):
         """Local intrinsic dimensionality (n,) of activations (n, d), by maximum likelihood (Ma et al. 2018, Eqn. 4).
 
-        From the distances to the nearest of the first `reference` points of every class.
+        From the distances to the nearest of the first `reference` points of every class: -1 / mean of log(r_i / r) over
+        the `neighbours` nearest, where r is the distance of the next one. Eqn. 4 has the last of them in that place.
         """
         return _lid(features, np.concatenate(self.thin(reference).points), neighbours).numpy()
 

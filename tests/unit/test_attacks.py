@@ -238,6 +238,29 @@ def test_the_best_iterate_is_reported_not_the_last(compact):
     np.testing.assert_allclose(last, 0.5, atol=1e-6)  # BIM reports the last one, as published
 
 
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_goal_of_ones_own_decides_which_iterate_is_kept(compact):
+    """From a start without noise PGD walks along BIM's path; here the iterate with a margin nearest to 3 is wanted."""
+
+    def nearest(logits, y):
+        return -tf.abs(attacks.margin(logits, y) - 3)
+
+    walk, options = {"steps": 7, "step_size": 0.02}, {"start": X, "compact": compact}
+    path = np.stack([X, *(attacks.bim(three_classes, X, Y, 0.3, **walk | {"steps": s}) for s in range(1, 8))])
+    wanted = np.argmin([np.abs(margins(three_classes, x, Y) - 3) for x in path], axis=0)
+    x_adv = attacks.pgd(three_classes, X, Y, ThreatModel("linf", 0.3), goal=nearest, **walk, **options)
+    np.testing.assert_allclose(x_adv, path[wanted, np.arange(N)], atol=1e-6)
+    assert len(set(wanted)) > 2  # neither always the first nor always the last
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_the_usual_goal_is_the_margin(targeted):
+    options = {"steps": 6, "restarts": 2, "targeted": targeted}
+    usual = attacks.pgd(three_classes, X, Y, ThreatModel("l2", 0.5), **options)
+    np.testing.assert_array_equal(
+        usual, attacks.pgd(three_classes, X, Y, ThreatModel("l2", 0.5), goal=attacks.margin, **options))
+
+
 def test_the_image_itself_is_one_of_the_iterates():
     """A step far too long makes things worse than no attack: then the image as it was is the best."""
     x, y = np.full((2, *SHAPE), 0.54, "float32"), np.zeros(2, int)

@@ -1,0 +1,194 @@
+"""What an attacker adds who knows that the defence may refuse: the paper's Algorithm 1, and a strong attack.
+
+Both take a `rejection.Defence`, images `x` (n, h, w, c) float32 in [0, 1], true labels `y` and a `ThreatModel`. Evading
+means a wrong class that is not refused; being refused is no success.
+"""
+
+from functools import lru_cache, partial
+
+import numpy as np
+import tensorflow as tf
+
+from helpers import attacks
+from helpers.models import compiled
+from helpers.rejection import Defence, evaluate, load
+from helpers.threat import check_images, check_labels, check_positive, project
+
+
+@lru_cache
+def evasion(classes, view=0):
+    """Reject-aware margin (n,) as a function of (logits, y): best wrong class against the true one or refusing.
+
+    `logits` are those of `Defence.logits`, classes + 1 columns a view; `view` picks the factor on gamma. Positive where
+    the defence is evaded (paper 01, Section 2.5.1: the pair max(s_i), max(s_j)).
+    """
+
+    def margin(logits, y):
+        z = tf.convert_to_tensor(logits)[:, view * (classes + 1) : (view + 1) * (classes + 1)]
+        known = tf.one_hot(y, classes + 1, True, False) | (tf.range(classes + 1) == classes)
+        return tf.reduce_max(tf.where(known, -np.inf, z), axis=1) - tf.reduce_max(tf.where(known, z, -np.inf), axis=1)
+
+    return margin
+
+
+@lru_cache(maxsize=8)
+def _views(defence, width, density):
+    """The defence's logits beside those with a smoothed kernel, and the log-densities of the classes if wanted."""
+    if density is None:
+        return partial(defence.logits, widths=(1.0, width))
+    return lambda x: tf.concat([defence.logits(x, (1.0, width)), density(x)], axis=1)
+
+
+@lru_cache
+def dense_evasion(classes, weight):
+    """`evasion` plus `weight` times the log-density of the best wrong class, from the columns after two views."""
+    bare = evasion(classes)
+
+    def margin(logits, y):
+        wrong = tf.where(tf.one_hot(y, classes, True, False), -np.inf, logits[:, :classes])
+        log_density = tf.gather(logits[:, 2 * (classes + 1) :], tf.argmax(wrong, axis=1), batch_dims=1)
+        return bare(logits, y) + weight * log_density
+
+    return margin
+
+
+def kernel_density(x, y, bandwidth):
+    """Function from images to the log of each class's kernel density (n, classes), up to a constant, among `x`, `y`.
+
+    The kernel is Gaussian on pixels with standard deviation `bandwidth` (Biggio et al. 2013; paper 01's future work).
+    """
+    check_positive(bandwidth=bandwidth)
+    points = tf.constant(x.reshape(len(x), -1), tf.float64)
+    other = tf.constant(np.where(y[:, None] == np.arange(int(y.max()) + 1), 0.0, -np.inf))
+
+    def log_density(images):
+        flat = tf.cast(tf.reshape(images, (tf.shape(images)[0], points.shape[1])), tf.float64)
+        products = tf.matmul(flat, points, transpose_b=True)
+        d2 = tf.reduce_sum(flat**2, 1, keepdims=True) + tf.reduce_sum(points**2, 1) - 2 * products
+        return tf.reduce_logsumexp(-d2[:, :, None] / (2 * bandwidth**2) + other, axis=1)
+
+    return log_density
+
+
+def strong(
+    defence, x, y, threat, x_train, y_train, *, steps=200, restarts=4, width=0.3, density=None, weight=0.0,
+    batch_size=500, seed=0,
+):  # fmt: skip
+    """PGD on the reject-aware margin, from starts that already resemble another class; the best iterate is kept.
+
+    Every restart takes `steps` normalised steps: half of them on the defence with every gamma times `width`, whose
+    gradient reaches further, then half on the defence itself. The second restart begins at `nearest_starts`, the others
+    where PGD drives the bare network to the most, the next, ... probable wrong class. Images that evade leave.
+    `density`, from `kernel_density`, adds `weight` times the log-density of the wrong class to the loss.
+    """
+    check_positive(steps=steps, restarts=restarts, width=width)
+    order = evaluate(Defence(defence.network), x)[:, :-1]
+    classes = order.shape[1]
+    check_labels(y, len(x), classes)
+    order[np.arange(len(x)), y] = -np.inf
+    order = np.argsort(-order, axis=1)
+    soft, success = evasion(classes, 1), evasion(classes)
+    hard = success if density is None else dense_evasion(classes, weight)
+    best, score = x.copy(), success(evaluate(defence, x), tf.constant(y, tf.int64)).numpy()
+    model, options = _views(defence, width, density), {"batch_size": batch_size, "seed": seed}
+
+    def keep(left, images):
+        new = success(evaluate(defence, images), tf.constant(y[left], tf.int64)).numpy()
+        won = new > score[left]
+        best[left[won]], score[left[won]] = images[won], new[won]
+        return new <= 0
+
+    for restart in range(restarts):
+        left = np.flatnonzero(score <= 0)
+        if not left.size:
+            break
+        if restart == 1:
+            start = nearest_starts(defence, x[left], y[left], threat, x_train, y_train)
+        else:
+            target = order[left, max(0, restart - 1) % (classes - 1)]
+            start = attacks.pgd(defence.network, x[left], target, threat, losses=("margin",), targeted=True, **options)
+        stand = keep(left, start)
+        left, start = left[stand], start[stand]
+        for loss, good, n in ((soft, soft, steps // 2), (hard, success, -(-steps // 2))):
+            if n and left.size:
+                start = attacks.pgd(model, x[left], y[left], threat, steps=n, losses=(loss,), goal=good, start=start,
+                                    compact=good is success, **options)
+        if left.size:
+            keep(left, start)
+    return best
+
+
+def nearest_starts(defence, x, y, threat, x_train, y_train, candidates=5):
+    """For each image the best of the nearest training images of other classes, pulled into the ball around it.
+
+    The best is the one of `candidates` at which `evasion` is largest after the projection.
+    """
+    check_images(x_train, "x_train")
+    flat, points = x.reshape(len(x), -1), x_train.reshape(len(x_train), -1)
+    d2 = (points**2).sum(1) - 2 * flat @ points.T  # up to a constant of each image
+    order = np.argpartition(np.where(y_train == y[:, None], np.inf, d2), candidates, axis=1)[:, :candidates]
+    starts = [threat.project(x_train[column], x).numpy() for column in order.T]
+    classes = evaluate(defence, x[:1]).shape[1] - 1
+    scores = [evasion(classes)(evaluate(defence, s), tf.constant(y, tf.int64)).numpy() for s in starts]
+    return np.stack(starts)[np.argmax(scores, axis=0), np.arange(len(x))]
+
+
+@lru_cache(maxsize=8)
+def _hinge_step(defence, shape, norm, bounds):
+    """Compile one step of Algorithm 1: the loss at `x_adv`, and where the step leads."""
+    images, number = tf.TensorSpec((None, *shape), tf.float32), tf.TensorSpec((), tf.float32)
+
+    @tf.function(input_signature=[images, images, tf.TensorSpec((None, None), tf.float64), number, number])
+    def step(x_adv, x, signs, eps, step_size):
+        with tf.GradientTape() as tape:
+            tape.watch(x_adv)
+            loss = tf.reduce_sum(tf.nn.relu(1 - signs * defence.scores(x_adv)[0]), axis=1)
+        return loss, project(x_adv - step_size * tape.gradient(loss, x_adv), x, norm, eps, bounds)
+
+    return step
+
+
+def algorithm_1(defence: Defence, x, y, threat, *, step_size, steps=100, tolerance=0.01, batch_size=500, seed=0):
+    """The paper's attack: gradient descent on the hinge loss of the runner-up class, from a random start in the ball.
+
+    The label vector has +1 at the runner-up (the best wrong class of the clean image) and -1 elsewhere; the loss is
+    summed over classes. The gradient is not normalised. An image stops when its loss changes by no more than
+    `tolerance` (the paper's t), or after `steps`; its last iterate is reported.
+
+    Returns
+    -------
+    images like `x`, and the number of steps that each image took, (n,) int.
+    """
+    check_images(x, bounds=threat.bounds)
+    check_positive(step_size=step_size, steps=steps, tolerance=tolerance)
+    z = evaluate(defence, x)[:, :-1]
+    check_labels(y, len(x), z.shape[1])
+    z[np.arange(len(x)), y] = -np.inf
+    signs = 2.0 * (np.arange(z.shape[1]) == z.argmax(axis=1)[:, None]) - 1
+    step = _hinge_step(defence, x.shape[1:], threat.norm, threat.bounds)
+    current, taken, last = threat.random_start(x, seed), np.zeros(len(x), int), np.full(len(x), np.inf)
+    active = np.arange(len(x))
+    for _ in range(steps):
+        parts = [active[i : i + batch_size] for i in range(0, len(active), batch_size)]
+        for b in parts:
+            loss, ahead = (t.numpy() for t in step(current[b], x[b], signs[b], threat.eps, step_size))
+            moving = np.abs(loss - last[b]) > tolerance
+            current[b[moving]], last[b] = ahead[moving], loss
+            taken[b[moving]] += 1
+            active = np.setdiff1d(active, b[~moving])
+        if not active.size:
+            break
+    return current, taken
+
+
+@lru_cache(maxsize=1)
+def target(path):
+    """The defence that `rejection.save` wrote to `path`, kept with its graphs until the next one is asked for."""
+    clear_graphs()
+    return load(path)
+
+
+def clear_graphs():
+    """Forget the compiled graphs of earlier defences, which hold on to their support vectors."""
+    for cache in (attacks._loop, compiled, _views, _hinge_step):
+        cache.cache_clear()

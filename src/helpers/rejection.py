@@ -1,0 +1,234 @@
+"""Neural rejection (NR) and deep neural rejection (DNR): RBF-SVMs on a network's layers, and the right to refuse.
+
+Sources: paper 01, Section 2.4; Melis et al. 2017 (NR, one layer); Sotgiu et al. 2020 (DNR, several layers and a
+combining SVM). The machines are those of `helpers.svm`, one a class against the rest.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+from scipy.special import expit, logit
+
+from helpers import files, models, svm
+from helpers.svm import SVM
+from helpers.threat import check_images, check_labels
+
+OUTCOMES = ("correct", "rejected", "evaded")
+_ARRAYS = ("vectors", "columns", "weights", "bias")
+_UNCOUNTED = (keras.layers.Flatten, keras.layers.Dropout, keras.layers.InputLayer)  # not in the paper's Table 1
+
+
+@tf.custom_gradient
+def _widen(*features):
+    """Features as float64; an image's gradient that float32 cannot hold is scaled up on its way back."""
+
+    def gradient(*upstream):
+        largest = tf.reduce_max([tf.reduce_max(tf.abs(u), axis=1, keepdims=True) for u in upstream], axis=0)
+        scale = tf.where((largest > 0) & (largest < 1e-20), 1 / tf.where(largest > 0, largest, 1.0), 1.0)
+        return [tf.cast(u * scale, h.dtype) for u, h in zip(upstream, features, strict=True)]
+
+    return [tf.cast(h, tf.float64) for h in features], gradient
+
+
+@dataclass(frozen=True, eq=False)
+class Defence:
+    """A network with SVMs on some of its layers and a threshold: the most probable class, or a refusal.
+
+    layers : numbers of the layers, as in paper 01, Table 1; none: the bare network. svms : one a layer.
+    combiner : SVM on the concatenated scores (DNR), or None (NR, bare network).
+    platt : (2, classes), slope and offset that turn a score into log-odds; None leaves it.
+    threshold : log-odds below which it refuses; -inf never does.
+    """
+
+    network: keras.Model
+    layers: tuple[int, ...] = ()
+    svms: tuple[SVM, ...] = ()
+    combiner: SVM | None = None
+    platt: np.ndarray | None = None
+    threshold: float = -np.inf
+
+    @cached_property
+    def _features(self):
+        with tf.init_scope():
+            return feature_network(self.network, self.layers) if self.layers else self.network
+
+    def scores(self, x, widths=(1.0,), scaled=False):
+        """Decision values (n, classes) float64 of images `x`, a tensor for each factor of gamma in `widths`.
+
+        `scaled`: an image's gradient too small for float32 keeps its direction and loses its length.
+        """
+        outputs = tf.nest.flatten(self._features(x, training=False))
+        if not self.layers:
+            return [tf.cast(outputs[0], tf.float64) for _ in widths]
+        flat = [tf.reshape(h, (tf.shape(h)[0], int(np.prod(h.shape[1:])))) for h in outputs]
+        wide, dtype = (_widen(*flat) if scaled else [tf.cast(h, tf.float64) for h in flat]), flat[0].dtype
+        layers = zip(*(each.scores(h, widths, dtype) for each, h in zip(self.svms, wide, strict=True)), strict=True)
+        if self.combiner is None:
+            return [scores for (scores,) in layers]
+        return [self.combiner.scores(tf.concat(scores, axis=1), [width], tf.float64)[0]
+                for scores, width in zip(layers, widths, strict=True)]
+
+    def logits(self, x, widths=(1.0,)):
+        """Log-odds of the classes and, last, the threshold: (n, classes + 1) float64, side by side for `widths`."""
+        parts = []
+        for scores in self.scores(x, widths, scaled=True):
+            odds = scores if self.platt is None else scores * self.platt[0] + self.platt[1]
+            parts += [odds, tf.fill((tf.shape(odds)[0], 1), tf.constant(self.threshold, tf.float64))]
+        return tf.concat(parts, axis=1)
+
+    def at(self, theta):
+        """The same defence with reject threshold `theta`, a probability in (0, 1)."""
+        if not 0 < theta < 1:
+            raise ValueError(f"theta is {theta}; expected a probability above 0 and below 1")
+        return replace(self, threshold=float(logit(theta)))
+
+    def at_rate(self, x, rate):
+        """The same defence with the threshold that refuses the share `rate` of the clean *validation* images `x`."""
+        if not 0 <= rate < 1:
+            raise ValueError(f"rate is {rate}; expected a share of at least 0 and below 1")
+        return replace(self, threshold=float(np.quantile(evaluate(self, x)[:, :-1].max(axis=1), rate)))
+
+    @property
+    def theta(self):
+        """The reject threshold as a probability."""
+        return float(expit(self.threshold))
+
+
+def evaluate(defence, x, batch_size=500):
+    """`defence.logits` of images `x` (n, h, w, c) as an array (n, classes + 1), in batches."""
+    check_images(x)
+    graph = models.compiled(defence.logits)
+    return np.concatenate([graph(tf.constant(x[i : i + batch_size])) for i in range(0, len(x), batch_size)])
+
+
+def outcomes(defence, x, y):
+    """What becomes of each image, (n,) int: an index into `OUTCOMES`."""
+    z = evaluate(defence, x)
+    check_labels(y, len(x), z.shape[1] - 1)
+    seen = z.argmax(axis=1)
+    return np.where(seen == z.shape[1] - 1, 1, np.where(seen == y, 0, 2))
+
+
+def rates(results):
+    """Shares of `outcomes` by name; they sum to 1."""
+    return {name: float(np.mean(np.asarray(results) == i)) for i, name in enumerate(OUTCOMES)}
+
+
+# ── Fitting ──
+
+
+def feature_network(network, layers):
+    """Keras network from images to the outputs of `layers`, counted as in paper 01, Table 1."""
+    counted = [layer for layer in network.layers if not isinstance(layer, _UNCOUNTED)]
+    if not layers or any(not isinstance(n, int) or not 1 <= n <= len(counted) for n in layers):
+        raise ValueError(f"layers are {layers}; expected numbers from 1 to {len(counted)}")
+    return keras.Model(network.inputs[0], [counted[n - 1].output for n in layers])
+
+
+def features(network, x, layers, batch_size=500):
+    """Outputs (n, p) float32 of each of `layers` for images `x`, in test mode."""
+    check_images(x)
+    graph = models.compiled(feature_network(network, layers))
+    parts = [tf.nest.flatten(graph(tf.constant(x[i : i + batch_size]))) for i in range(0, len(x), batch_size)]
+    return [np.concatenate([part[i] for part in parts]).reshape(len(x), -1) for i in range(len(layers))]
+
+
+def fit(network, x, y, *, layers=(5, 7, 8), C=0.1, gamma=0.01, folds=None, theta=0.9, shared=None, label=None):
+    """Fit NR (one layer) or DNR (several, and a combining SVM on their scores) on images `x` and labels `y`.
+
+    Parameters
+    ----------
+    C, gamma : one number for all SVMs, or a dictionary by layer and "combiner"; the defaults are the paper's.
+    folds : None gives the combiner scores of the samples that the SVMs were fitted on, as the paper does; a number
+        gives it out-of-fold scores, as Sotgiu et al. do.
+    shared : what `prepare` gave for these images, to fit several defences from the same distances.
+    label : text of the progress bars; None shows none.
+
+    Returns
+    -------
+    Defence whose probabilities were calibrated on 5-fold scores of its last SVM, as scikit-learn's `predict_proba`.
+    """
+    check_images(x)
+    check_labels(y, len(x), int(np.max(y)) + 1)
+    parts = [*layers, "combiner"]
+    C, gamma = (value if isinstance(value, dict) else dict.fromkeys(parts, value) for value in (C, gamma))
+    for part in parts[: len(layers) + (len(layers) > 1)]:
+        if part not in C or part not in gamma:
+            raise ValueError(f"C and gamma lack {part!r}; expected a number, or one for each of {parts}")
+        svm.check_positive(C=C[part], gamma=gamma[part])
+    svm.check_classes(y, max(5, folds or 0))
+    feature_network(network, layers), Defence(network).at(theta)  # refuse bad ones before the work, not after it
+    svms, scores = [], []
+    for n in layers:
+        h, distances = shared[n] if shared else prepare(network, x, (n,), label)[n]
+        gram = svm.kernel(distances, gamma[n])
+        del distances  # one large matrix at a time
+        weights, bias = svm.duals(gram, y, C[n], label and f"{label}, layer {n}")
+        svms.append(SVM.of(h, weights, bias, gamma[n], C[n]))
+        if len(layers) > 1:
+            scores.append(gram @ weights + bias if folds is None else svm.out_of_fold(gram, y, C[n], folds))
+    combiner = None
+    if len(layers) > 1:
+        n, gram, stacked = "combiner", None, np.concatenate(scores, axis=1).astype("float32")
+        gram = svm.kernel(svm.squared_distances(stacked), gamma[n])
+        combiner = SVM.of(stacked, *svm.duals(gram, y, C[n], label and f"{label}, {n}"), gamma[n], C[n])
+    lines = svm.platt(svm.out_of_fold(gram, y, C[n]), y)
+    return Defence(network, tuple(layers), tuple(svms), combiner, lines).at(theta)
+
+
+def prepare(network, x, layers, label=None):
+    """Features and their squared distances by layer, for several calls of `fit`."""
+    found = zip(layers, features(network, x, layers), strict=True)
+    return {n: (h, svm.squared_distances(h, label=label and f"{label}, distances {n}")) for n, h in found}
+
+
+# ── On the disk ──
+
+
+def save(defence, folder):
+    """Keep `defence` in `folder` as <SHA-256>.npz, its network beside it, and return that file name."""
+    svms = [*defence.svms, *([defence.combiner] if defence.combiner else [])]
+    about = {"network": models.save(defence.network, folder), "layers": defence.layers, "threshold": defence.threshold,
+             "svms": [{"gamma": each.gamma, "C": each.C} for each in svms]}
+    arrays = {f"{i}.{name}": getattr(each, name) for i, each in enumerate(svms) for name in _ARRAYS}
+    arrays |= {"about": np.array(json.dumps(about)), **({} if defence.platt is None else {"platt": defence.platt})}
+    path = Path(folder) / f"{_digest(arrays)}.npz"
+    if not path.exists():
+        with files.atomic(path) as temporary:
+            np.savez(temporary, **arrays)
+    return path.name
+
+
+def load(path):
+    """The defence of a file that `save` wrote; FileNotFoundError or ValueError, naming it, where it is not whole."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no defence {path}; remove the folder 'units' beside its folder and run again")
+    try:
+        with np.load(path, allow_pickle=False) as npz:
+            arrays = dict(npz)
+        whole = _digest(arrays) == path.stem
+    except Exception as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it and the folder 'units', and run again") from error
+    if not whole:
+        raise ValueError(f"{path} is damaged: its arrays are not those of its name")
+    about = json.loads(arrays["about"].item())
+    network = models.load(path.parent / about["network"])
+    svms = [SVM(*(arrays[f"{i}.{name}"] for name in _ARRAYS), **kept) for i, kept in enumerate(about["svms"])]
+    n = len(about["layers"])
+    return Defence(network, tuple(about["layers"]), tuple(svms[:n]), svms[n] if len(svms) > n else None,
+                   arrays.get("platt"), about["threshold"])
+
+
+def _digest(arrays):
+    content = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        content.update(f"{name} {array.dtype} {array.shape}".encode())
+        content.update(np.ascontiguousarray(array).data)
+    return content.hexdigest()

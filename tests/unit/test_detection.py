@@ -1,0 +1,237 @@
+"""The detector is scikit-learn's regression, and its attacker differentiates exactly what it computes."""
+
+import hypothesis.strategies as st
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+import tensorflow as tf
+from hypothesis import given
+from keras import layers
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from helpers import attacks, closeness, uncertainty
+from helpers.closeness import Closeness
+from helpers.detection import FEATURES, Detector, features, guarded, noisy
+from helpers.evaluation import correct, logits
+from helpers.models import as_float64
+from helpers.threat import ThreatModel
+
+SHAPE = (4, 4, 1)
+rng = np.random.default_rng(0)
+X = rng.uniform(0, 1, (12, *SHAPE)).astype("float32")
+STRANGE = {"entropy": np.nan, "KDE": -np.inf}
+
+
+def network():
+    """Dropout twice, batch statistics that have moved, and every class predicted of some image."""
+    keras.utils.set_random_seed(0)
+    wide = keras.initializers.RandomNormal(stddev=0.7)
+    model = keras.Sequential([
+        layers.Input(SHAPE), layers.Conv2D(4, 3, activation="tanh"), layers.BatchNormalization(), layers.Dropout(0.3),
+        layers.Flatten(), layers.Dense(8, "tanh", kernel_initializer=wide), layers.Dropout(0.3),
+        layers.Dense(3, kernel_initializer=wide),
+    ])  # fmt: skip
+    for _ in range(20):
+        model(X, training=True)
+    model.layers[-1].bias.assign(-tf.reduce_mean(model(X, training=False), axis=0))
+    return model
+
+
+def in_float64():
+    """The network and its points, for finite differences."""
+    model = as_float64(NET)
+    model.dtype_policy = "float64"  # of the whole, which the layers' own leave at float32
+    return model, Closeness(tuple(members.astype("float64") for members in NEAR.points), NEAR.bandwidth)
+
+
+NET = network()
+NEAR = Closeness.fit(closeness.activations(NET, rng.uniform(0, 1, (60, *SHAPE)).astype("float32")), np.arange(60) % 3,
+                     1.2, 3)  # fmt: skip
+DETECTOR = Detector(dict(zip(FEATURES, (-2.0, 1.5, 8.0, 3.0, -0.2, 0.7), strict=True)), 0.3)
+PART = Detector({"KL": -2.0, "entropy": 0.5}, -1.0)
+
+
+def frame(n, shift=0.0, seed=0):
+    """Features in units of very different sizes, with a column that no detector asked for."""
+    values = np.random.default_rng(seed).normal(shift, 1, (n, len(FEATURES))) * 10.0 ** np.arange(-3, 3) + 5
+    return pd.DataFrame(values, columns=FEATURES).assign(predicted=np.arange(n))
+
+
+POSITIVES, NEGATIVES = frame(40, 0.7), frame(90, 0.0, seed=1)
+
+
+# ── The features ──
+
+
+def test_features_are_those_of_the_predicted_class():
+    found = features(NET, X, NEAR, draws=4, seed=2)
+    assert list(found) == [*FEATURES, "LID", "predicted"] and len(found) == len(X)
+    hidden, predicted = closeness.activations(NET, X), logits(NET, X).argmax(axis=1)
+    assert set(predicted) == {0, 1, 2}
+    expected = uncertainty.metrics(uncertainty.sample(NET, X, draws=4, seed=2)) | {
+        "KDE": NEAR.kde(hidden, predicted), "KL": NEAR.kl(hidden, predicted), "LID": NEAR.lid(hidden),
+        "predicted": predicted}  # fmt: skip
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-5, err_msg=name)
+
+
+# ── Noise of the length of an attack ──
+
+
+@given(st.floats(0, 0.02), st.integers(0, 99))
+def test_noise_has_the_length_of_the_change_where_nothing_is_clipped(eps, seed):
+    x = 0.4 + X / 5
+    x_adv = (x + eps * np.sign(X - 0.3)).astype("float32")
+    found = noisy(x, x_adv, seed)
+    assert found.shape == x.shape and found.dtype == np.float32 and found.min() > 0 and found.max() < 1
+    length = ThreatModel("l2", 0).distance
+    np.testing.assert_allclose(length(found, x), length(x_adv, x), rtol=1e-3, atol=1e-6)
+
+
+def test_every_image_gets_noise_of_its_own_length_and_the_seed_fixes_it():
+    x, scale = np.full_like(X, 0.5), np.linspace(0, 0.05, len(X)).reshape(-1, 1, 1, 1)
+    x_adv = (x + scale * np.sign(X - 0.5)).astype("float32")
+    found = noisy(x, x_adv, seed=3)
+    np.testing.assert_array_equal(found[0], x[0])  # no change, no noise
+    np.testing.assert_allclose(ThreatModel("l2", 0).distance(found, x), 4 * scale.ravel(), rtol=1e-3, atol=1e-6)
+    np.testing.assert_array_equal(found, noisy(x, x_adv, seed=3))
+    assert np.abs(found - noisy(x, x_adv, seed=4))[1:].max(axis=(1, 2, 3)).min() > 1e-3
+    direction = ((found - x)[1:] / scale[1:]).reshape(len(X) - 1, -1)
+    assert np.abs(np.corrcoef(direction) - np.eye(len(direction))).max() < 0.9  # another noise for every image
+
+
+def test_noisy_images_stay_within_the_pixels():
+    found = noisy(X, 1 - X)
+    assert found.min() == 0 and found.max() == 1
+
+
+# ── The detector ──
+
+
+@pytest.mark.parametrize("columns", [FEATURES, ("KL",), ("KDE", "confidence")])
+def test_log_odds_are_those_of_scikit_learn(columns):
+    x, y = pd.concat([POSITIVES, NEGATIVES])[list(columns)].to_numpy(), np.repeat([1, 0], [40, 90])
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(x, y)
+    detector, new = Detector.fit(POSITIVES, NEGATIVES, columns), frame(30, seed=2)
+    assert tuple(detector.weights) == columns
+    expected = pipeline.decision_function(new[list(columns)].to_numpy())
+    np.testing.assert_allclose(detector.score(new), expected, rtol=1e-6, atol=1e-9)
+    assert detector.score(POSITIVES).mean() > detector.score(NEGATIVES).mean() + 0.1
+
+
+def test_units_and_the_order_of_columns_do_not_matter():
+    def elsewhere(features):
+        return (1000 * features + 7)[list(features)[::-1]]
+
+    detector = Detector.fit(elsewhere(POSITIVES), elsewhere(NEGATIVES))
+    np.testing.assert_allclose(detector.score(elsewhere(POSITIVES)),
+                               Detector.fit(POSITIVES, NEGATIVES).score(POSITIVES), rtol=1e-6)  # fmt: skip
+
+
+def test_the_score_is_the_weighted_sum():
+    two = pd.DataFrame({"entropy": [1.0, 0.0], "other": [np.nan, np.nan], "KL": [3.0, 2.0]})
+    np.testing.assert_allclose(PART.score(two), [0.5 - 6 - 1, -4 - 1])
+
+
+def test_the_area_is_the_share_of_pairs_in_the_right_order():
+    one = Detector({"KL": 2.0}, 1.0)
+    high, low = pd.DataFrame({"KL": [3.0, 1.0, 2.0]}), pd.DataFrame({"KL": [0.0, 2.0, 1.5, 1.0]})
+    pairs = np.sign(high["KL"].to_numpy()[:, None] - low["KL"].to_numpy())
+    assert one.auc(high, low) == pytest.approx(((pairs + 1) / 2).mean())
+    assert one.auc(high + 9, low) == 1 and one.auc(low, high + 9) == 0 and one.auc(low, low) == 0.5
+
+
+@given(st.integers(2, 400), st.floats(0.001, 0.999))
+def test_the_threshold_rejects_the_wanted_share_of_the_images_that_it_is_set_on(n, rate):
+    clean = frame(n, seed=n)
+    rejected = DETECTOR.score(clean) > DETECTOR.threshold(clean, rate)
+    assert abs(rejected.mean() - rate) <= 1 / n + 1e-9
+
+
+def test_the_usual_threshold_rejects_one_in_twenty():
+    clean = frame(2000)
+    assert (DETECTOR.score(clean) > DETECTOR.threshold(clean)).mean() == pytest.approx(0.05, abs=5e-4)
+
+
+@pytest.mark.parametrize("rate", [0, 1, -0.1, 5, np.nan])
+def test_a_rate_is_between_0_and_1(rate):
+    with pytest.raises(ValueError, match="false_reject_rate is .*between 0 and 1"):
+        DETECTOR.threshold(NEGATIVES, rate)
+
+
+@pytest.mark.parametrize("attacked", [True, False])
+def test_features_that_are_not_finite_are_named(attacked):
+    strange = NEGATIVES.assign(**STRANGE)
+    frames = (strange, NEGATIVES) if attacked else (POSITIVES, strange)
+    with pytest.raises(ValueError, match=r"features \['entropy', 'KDE'\] hold values that are not finite"):
+        Detector.fit(*frames)
+    assert np.isfinite(Detector.fit(*frames, ["variance", "KL"]).offset)  # the others are not its concern
+
+
+# ── The attacker who knows ──
+
+
+@pytest.mark.parametrize("detector", [DETECTOR, PART], ids=["six", "two"])
+@pytest.mark.parametrize("points", [None, 8])
+def test_what_the_attacker_differentiates_is_what_the_detector_computes(detector, points):
+    near = NEAR.thin(points) if points else NEAR
+    outputs = guarded(NET, detector, near, draws=5, seed=3)(tf.constant(X)).numpy()
+    assert outputs.shape == (len(X), 4)
+    np.testing.assert_allclose(outputs[:, :-1], logits(NET, X), atol=1e-5)
+    expected = detector.score(features(NET, X, near, draws=5, seed=3))
+    np.testing.assert_allclose(outputs[:, -1], expected, rtol=1e-4, atol=1e-4)
+    assert np.ptp(expected) > 0.1
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_the_gradient_of_every_feature_is_that_of_finite_differences(name):
+    model, near = in_float64()
+    outputs = guarded(model, Detector({name: 2.0}, 0.1), near, draws=4)
+    direction = np.random.default_rng(1).standard_normal(X.shape)
+    x, h = tf.constant(X, tf.float64), 1e-6
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        log_odds = outputs(x)[:, -1]
+    assert log_odds.dtype == tf.float64
+    slope = (tape.gradient(log_odds, x).numpy() * direction).sum(axis=(1, 2, 3))
+    ahead, behind = (outputs(x + s * direction)[:, -1] for s in (h, -h))
+    np.testing.assert_allclose(slope, (ahead - behind) / (2 * h), rtol=1e-5, atol=1e-7)
+    assert np.abs(slope).max() > 1e-3
+
+
+def informed(x, y, eps, start):
+    """The attack of the chapter: turn the image, then lower the log-odds; keep the wrong one with the lowest."""
+
+    def in_turn(outputs, y):
+        margin = attacks.margin(outputs[:, :-1], y)
+        return tf.where(margin > 0, -outputs[:, -1], margin)
+
+    def goal(outputs, y):
+        margin = attacks.margin(outputs[:, :-1], y)
+        return tf.where(margin > 0, -outputs[:, -1], margin - 1e6)
+
+    return attacks.pgd(guarded(NET, DETECTOR, NEAR, draws=5, seed=9), x, y, ThreatModel("linf", eps), steps=25,
+                       losses=(in_turn,), goal=goal, start=start)  # fmt: skip
+
+
+def test_an_informed_attack_lowers_the_log_odds_of_the_images_that_it_turns():
+    y, eps = logits(NET, X).argmax(axis=1), 0.35
+    plain = attacks.pgd(NET, X, y, ThreatModel("linf", eps), steps=15)
+    hidden = informed(X, y, eps, plain)
+    assert np.abs(hidden - X).max() <= eps + 1e-6
+    turned = ~correct(NET, plain, y)
+    assert turned.sum() >= 6 and not correct(NET, hidden, y)[turned].any()
+    before, after = (DETECTOR.score(features(NET, x, NEAR, draws=5, seed=9)) for x in (plain, hidden))
+    assert (after[turned] <= before[turned] + 1e-3).all()  # it starts there and keeps the best
+    assert (after - before)[turned].mean() < -0.5
+    fresh = [DETECTOR.score(features(NET, x, NEAR, draws=50, seed=1)) for x in (plain, hidden)]  # the detector's masks
+    assert (fresh[1] - fresh[0])[turned].mean() < -0.2
+
+
+def test_the_attackers_masks_come_from_the_seed():
+    first, again, other = (guarded(NET, DETECTOR, NEAR, draws=3, seed=s)(tf.constant(X)) for s in (3, 3, 4))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other)[:, -1].max() > 1e-3

@@ -1,0 +1,511 @@
+"""Neural rejection: the SVMs are scikit-learn's, their gradients right, refusals counted, and attacks within bounds."""
+
+from dataclasses import replace
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from scipy.special import expit
+from sklearn.svm import SVC
+
+from helpers import adaptive, attacks, models, rejection
+from helpers import svm as svms
+from helpers.rejection import Defence
+from helpers.svm import SVM
+from helpers.threat import ThreatModel
+
+SHAPE, CLASSES = (6, 6, 1), 3
+
+
+def images(n=90, seed=0):
+    """Three classes: the upper, middle or lower two rows are lighter, under noise."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % CLASSES
+    x = rng.uniform(0, 0.5, (n, *SHAPE))
+    for k in range(CLASSES):
+        x[y == k, 2 * k : 2 * k + 2] += 0.4
+    return x.astype("float32"), y
+
+
+X, Y = images()
+NEW, NEW_Y = images(30, seed=1)
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A small network with the paper's kinds of layers: convolution, pooling, two dense ones (numbers 1 to 5)."""
+    keras.utils.set_random_seed(0)
+    net = keras.Sequential([
+        layers.Input(SHAPE), layers.Conv2D(4, 3, padding="same", activation="relu"), layers.MaxPooling2D(),
+        layers.Flatten(), layers.Dense(8, activation="relu"), layers.Dropout(0.5), layers.Dense(8, "relu"),
+        layers.Dense(CLASSES),
+    ])  # fmt: skip
+    net.compile(keras.optimizers.Adam(0.02), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    net.fit(X, Y, epochs=15, batch_size=30, verbose=0)
+    return net
+
+
+@pytest.fixture(scope="module")
+def dnr(network):
+    return rejection.fit(network, X, Y, layers=(1, 3, 4), C=1.0, gamma=0.05)
+
+
+@pytest.fixture(scope="module")
+def nr(network):
+    return rejection.fit(network, X, Y, layers=(4,), C=1.0, gamma=0.05)
+
+
+@pytest.fixture(params=["bare", "nr", "dnr"])
+def defence(request, network):
+    return Defence(network) if request.param == "bare" else request.getfixturevalue(request.param)
+
+
+def blobs(n=150, p=5, seed=0):
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % CLASSES
+    return (rng.normal(size=(n, p)) + 2 * np.eye(p)[y]).astype("float32"), y
+
+
+def fitted(h, y, C, gamma):
+    gram = svms.kernel(svms.squared_distances(h), gamma)
+    return svms.SVM.of(h, *svms.duals(gram, y, C), gamma, C)
+
+
+# ── The SVMs ──
+
+
+@pytest.mark.parametrize(("C", "gamma"), [(0.1, 0.01), (1.0, 0.2), (10.0, 1.0)])
+def test_decision_values_are_those_of_scikit_learn(C, gamma):
+    (h, y), (new, _) = blobs(), blobs(40, seed=1)
+    ours = fitted(h, y, C, gamma).scores(tf.constant(new, tf.float64))[0].numpy()
+    for k in range(CLASSES):
+        theirs = SVC(C=C, gamma=gamma, tol=1e-4).fit(h.astype("float64"), y == k)
+        np.testing.assert_allclose(ours[:, k], theirs.decision_function(new.astype("float64")), atol=1e-4)
+
+
+def test_only_support_vectors_are_kept():
+    h, y = blobs()
+    svm = fitted(h, y, 1.0, 0.1)
+    own = [SVC(C=1.0, gamma=0.1, tol=1e-4).fit(h.astype("float64"), y == k).support_ for k in range(CLASSES)]
+    np.testing.assert_array_equal(svm.vectors, h[np.unique(np.concatenate(own))])
+    assert svm.columns.all()
+    assert (svm.weights == 0).any() and svm.weights.any(axis=1).all()  # a union: not each supports each class
+
+
+@pytest.mark.parametrize("rows", [7, 64, 2048])
+def test_distances_do_not_depend_on_the_blocks(rows):
+    h, _ = blobs(p=300)
+    exact = ((h[:, None].astype("float64") - h) ** 2).sum(-1)
+    found = svms.squared_distances(h, rows)
+    np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(found, found.T, rtol=1e-5, atol=1e-3)
+    assert not found.diagonal().any() and found.dtype == np.float32
+
+
+def test_out_of_fold_scores_come_from_the_other_folds():
+    """Labels that cannot be learnt: in-sample scores know them by heart, out-of-fold scores do not."""
+    rng = np.random.default_rng(0)
+    h, y = rng.normal(size=(120, 20)).astype("float32"), np.arange(120) % CLASSES
+    gram = svms.kernel(svms.squared_distances(h), 0.5)
+    weights, bias = svms.duals(gram, y, 10.0)
+    assert ((gram @ weights + bias).argmax(1) == y).all()
+    assert (svms.out_of_fold(gram, y, 10.0).argmax(1) == y).mean() < 0.6
+
+
+def test_the_grid_search_tells_a_kernel_that_learns_by_heart():
+    h, y = blobs(p=20)
+    found = svms.grid_search(svms.squared_distances(h), y, [0.1, 1.0], [1e-4, 0.05, 50.0], folds=3)
+    assert found.shape == (3, 2, 3)
+    assert found[1].mean() > found[2].mean() + 0.3
+    rows = svms.out_of_fold(svms.kernel(svms.squared_distances(h), 0.05), y, 1.0, folds=3)
+    assert found[1, 1].mean() == pytest.approx((rows.argmax(1) == y).mean())
+
+
+def test_probabilities_are_calibrated():
+    """Scores whose true log-odds are 2 s - 1: the fitted line is found again."""
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(4000, 2))
+    y = (rng.uniform(size=4000) < expit(2 * scores[:, 1] - 1)).astype(int)
+    np.testing.assert_allclose(svms.platt(scores, y)[:, 1], [2, -1], atol=0.2)
+    far = np.stack([-np.sign(y - 0.5), np.sign(y - 0.5)], axis=1)  # separated: Platt's targets keep the slope finite
+    assert 1 < svms.platt(far, y)[0, 1] < 20
+
+
+# ── Gradients ──
+
+
+def single(x):
+    """An SVM of one class and two vectors by hand: scores and gradient from the equation."""
+    weights, bias = np.array([[1.0], [-0.5]]), np.array([0.3])
+    svm = SVM(np.array([[0.0, 0.0], [1.0, 2.0]], "float32"), np.ones(2, bool), weights, bias, 0.7, 1.0)
+    h = tf.constant(x, tf.float64)
+    with tf.GradientTape() as tape:
+        tape.watch(h)
+        scores = svm.scores(h, dtype=tf.float64)[0]
+    kernel = np.exp(-0.7 * ((x[:, None] - svm.vectors) ** 2).sum(-1))
+    by_hand = -2 * 0.7 * ((kernel * svm.weights[:, 0])[:, :, None] * (x[:, None] - svm.vectors)).sum(1)
+    return scores.numpy()[:, 0], kernel @ svm.weights[:, 0] + 0.3, tape.gradient(scores, h).numpy(), by_hand
+
+
+def test_the_rbf_gradient_is_that_of_the_equation():
+    scores, expected, gradient, by_hand = single(np.random.default_rng(0).normal(size=(20, 2)))
+    np.testing.assert_allclose(scores, expected, rtol=1e-10)
+    np.testing.assert_allclose(gradient, by_hand, rtol=1e-9, atol=1e-12)
+
+
+def test_features_that_no_support_vector_has_still_count():
+    """They are dropped from the products, not from the distance."""
+    h, y = blobs()
+    h[:, 3:] = 0
+    svm, new = fitted(h, y, 1.0, 0.1), tf.constant(blobs(8, seed=1)[0], tf.float64)
+    assert svm.vectors.shape[1] == 3 and svm.columns.tolist() == [True] * 3 + [False] * 2
+    whole = replace(svm, vectors=np.pad(svm.vectors, ((0, 0), (0, 2))), columns=np.ones(5, bool))
+    gradients = []
+    for machine in (svm, whole):
+        with tf.GradientTape() as tape:
+            tape.watch(new)
+            scores = machine.scores(new)[0]
+        gradients.append((scores.numpy(), tape.gradient(scores, new).numpy()))
+    np.testing.assert_allclose(gradients[0][0], gradients[1][0], rtol=1e-6)
+    np.testing.assert_allclose(gradients[0][1], gradients[1][1], rtol=1e-5, atol=1e-9)
+    assert np.abs(gradients[0][1][:, 3:]).max() > 1e-3
+
+
+def in_float64(defence):
+    return replace(defence, network=models.as_float64(defence.network))
+
+
+def test_the_input_gradient_agrees_with_finite_differences(defence):
+    exact, rng, h = in_float64(defence), np.random.default_rng(0), 1e-6
+    x = tf.constant(NEW[:5] + rng.uniform(-0.01, 0.01, NEW[:5].shape), tf.float64)
+    v = rng.normal(size=x.shape)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        total = tf.reduce_sum(exact.logits(x)[:, :CLASSES] * [1.0, -2.0, 0.5], axis=1)
+    slope = tf.reduce_sum(tape.gradient(total, x) * v, axis=(1, 2, 3))
+    ends = [tf.reduce_sum(exact.logits(x + s * v)[:, :CLASSES] * [1.0, -2.0, 0.5], axis=1) for s in (h, -h)]
+    assert np.abs(slope).max() > 1e-3
+    np.testing.assert_allclose(slope, (ends[0] - ends[1]) / (2 * h), rtol=1e-5, atol=1e-7)
+
+
+def directions(defence, x, scaled):
+    x = tf.constant(x)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        scores = defence.scores(x, scaled=scaled)[0][:, 0]
+    gradient = tape.gradient(scores, x).numpy().astype("float64").reshape(len(x), -1)
+    return gradient, gradient / np.maximum(np.linalg.norm(gradient, axis=1, keepdims=True), 1e-300)
+
+
+def test_a_kernel_that_underflows_in_float32_keeps_its_direction(nr):
+    """gamma d^2 of about 250: exp(-250) is 0 in float32."""
+    h = rejection.features(nr.network, NEW, (4,))[0].astype("float64")
+    vectors = np.zeros((len(nr.svms[0].vectors), 8))
+    vectors[:, nr.svms[0].columns] = nr.svms[0].vectors
+    nearest = ((h[:, None] - vectors) ** 2).sum(-1).min(1)
+    sharp = replace(nr, svms=(replace(nr.svms[0], gamma=250 / nearest.max()),))
+    i = np.argsort(nearest)[-3:]
+    assert not directions(sharp, NEW[i], scaled=False)[0][-1].any()  # lost
+    exact = directions(in_float64(sharp), NEW[i].astype("float64"), scaled=False)[1]
+    np.testing.assert_allclose(directions(sharp, NEW[i], scaled=True)[1], exact, atol=1e-3)
+
+
+def test_a_gradient_that_float32_holds_is_not_scaled(dnr):
+    np.testing.assert_array_equal(directions(dnr, NEW, scaled=True)[0], directions(dnr, NEW, scaled=False)[0])
+
+
+def test_a_smaller_gamma_widens_the_kernel(dnr):
+    narrow, wide = (scores.numpy() for scores in dnr.scores(NEW, widths=(1.0, 0.5)))
+    np.testing.assert_array_equal(narrow, dnr.scores(NEW)[0])
+    halved = replace(dnr, svms=tuple(replace(svm, gamma=svm.gamma / 2) for svm in dnr.svms),
+                     combiner=replace(dnr.combiner, gamma=dnr.combiner.gamma / 2))  # fmt: skip
+    np.testing.assert_allclose(wide, halved.scores(NEW)[0])
+
+
+# ── The defences ──
+
+
+def test_features_are_the_layers_outputs_in_test_mode(network):
+    assert [h.shape for h in rejection.features(network, X, (1, 2, 3, 5))] == [(90, 144), (90, 36), (90, 8), (90, 3)]
+    np.testing.assert_allclose(rejection.features(network, X, (5,))[0], network(X, training=False), atol=1e-5)
+
+
+def test_dnr_is_a_combiner_on_the_scores_of_its_layers(dnr):
+    stacked = [svm.scores(tf.constant(h, tf.float64))[0].numpy()
+               for svm, h in zip(dnr.svms, rejection.features(dnr.network, NEW, dnr.layers), strict=True)]  # fmt: skip
+    assert len(dnr.combiner.columns) == 3 * CLASSES
+    expected = dnr.combiner.scores(tf.constant(np.concatenate(stacked, axis=1)))[0]
+    np.testing.assert_allclose(dnr.scores(NEW)[0], expected, atol=1e-5)
+    probabilities = expit(rejection.evaluate(dnr, NEW)[:, :-1])
+    np.testing.assert_allclose(probabilities, expit(expected * dnr.platt[0] + dnr.platt[1]), atol=1e-5)
+
+
+def test_defences_classify_and_refuse(defence):
+    shares = rejection.rates(rejection.outcomes(defence, NEW, NEW_Y))
+    assert sum(shares.values()) == pytest.approx(1) and shares["correct"] > 0.9
+    never = replace(defence, threshold=-np.inf)
+    assert rejection.rates(rejection.outcomes(never, NEW, NEW_Y))["rejected"] == 0
+    always = replace(defence, threshold=np.inf)
+    assert rejection.rates(rejection.outcomes(always, NEW, NEW_Y))["rejected"] == 1
+
+
+def test_outcomes_follow_the_most_probable_class(nr):
+    z = rejection.evaluate(nr, NEW)
+    best = expit(z[:, :-1].max(axis=1))
+    for theta in (0.5, float(np.median(best)), 0.999):
+        found = rejection.outcomes(nr.at(theta), NEW, np.roll(NEW_Y, 1))
+        seen = z[:, :-1].argmax(axis=1)
+        expected = np.where(best < theta, 1, np.where(seen == np.roll(NEW_Y, 1), 0, 2))
+        np.testing.assert_array_equal(found, expected)
+        assert nr.at(theta).theta == pytest.approx(theta)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.4])
+def test_the_threshold_refuses_the_wanted_share_of_clean_images(dnr, rate):
+    refused = rejection.outcomes(dnr.at_rate(NEW, rate), NEW, NEW_Y) == 1
+    assert refused.mean() == pytest.approx(rate, abs=1 / len(NEW))
+
+
+def test_out_of_fold_scores_change_the_combiner_only(network, dnr):
+    folded = rejection.fit(network, X, Y, layers=(1, 3, 4), C=1.0, gamma=0.05, folds=5)
+    for svm, other in zip(dnr.svms, folded.svms, strict=True):
+        np.testing.assert_array_equal(svm.weights, other.weights)
+    assert not np.array_equal(dnr.combiner.vectors, folded.combiner.vectors)
+
+
+def test_parameters_may_differ_by_layer(network):
+    C = {1: 0.5, 3: 2.0, "combiner": 4.0}
+    found = rejection.fit(network, X, Y, layers=(1, 3), C=C, gamma={1: 0.01, 3: 0.02, "combiner": 0.03})
+    assert [(svm.C, svm.gamma) for svm in (*found.svms, found.combiner)] == [(0.5, 0.01), (2.0, 0.02), (4.0, 0.03)]
+
+
+def test_shared_distances_and_a_second_fit_give_the_same(network, dnr):
+    shared = rejection.prepare(network, X, (1, 3, 4))
+    again = rejection.fit(network, X, Y, layers=(1, 3, 4), C=1.0, gamma=0.05, shared=shared)
+    np.testing.assert_array_equal(rejection.evaluate(again, NEW), rejection.evaluate(dnr, NEW))
+
+
+def test_fitting_shows_progress_where_asked(network, capsys):
+    rejection.fit(network, X, Y, layers=(4,), C=1.0)
+    assert capsys.readouterr().err == ""
+    rejection.fit(network, X, Y, layers=(4,), C=1.0, label="NR")
+    assert "NR, layer 4" in capsys.readouterr().err
+
+
+# ── On the disk ──
+
+
+def test_a_saved_defence_is_loaded_alike(defence, tmp_path):
+    name = rejection.save(defence.at(0.8), tmp_path)
+    again = rejection.load(tmp_path / name)
+    np.testing.assert_allclose(rejection.evaluate(again, NEW), rejection.evaluate(defence.at(0.8), NEW), rtol=1e-12)
+    assert rejection.save(again, tmp_path) == name
+    with np.load(tmp_path / name, allow_pickle=False) as npz:
+        assert all(npz[key].dtype != object for key in npz)
+
+
+def test_a_damaged_or_missing_file_is_named(nr, tmp_path):
+    path = tmp_path / rejection.save(nr, tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=f"{path.name} is damaged"):
+        rejection.load(path)
+    with np.load(tmp_path / rejection.save(replace(nr, threshold=0.5), tmp_path)) as npz:
+        np.savez(path, **npz)  # whole, and another defence
+    with pytest.raises(ValueError, match="not those of its name"):
+        rejection.load(path)
+    with pytest.raises(FileNotFoundError, match="no defence"):
+        rejection.load(tmp_path / "absent.npz")
+
+
+# ── Bad input ──
+
+
+@pytest.mark.parametrize(("options", "error", "message"), [
+    ({"C": 0.0}, ValueError, "C is 0.0"),
+    ({"C": float("nan")}, ValueError, "C is nan"),
+    ({"gamma": -0.1}, ValueError, "gamma is -0.1"),
+    ({"gamma": {4: 1.0}}, ValueError, "lack 3"),
+    ({"C": {3: 1.0, 4: 1.0}}, ValueError, "lack 'combiner'"),
+    ({"theta": 1.0}, ValueError, "theta is 1.0"),
+    ({"theta": -0.1}, ValueError, "theta is -0.1"),
+    ({"layers": (3, 6)}, ValueError, "from 1 to 5"),
+    ({"layers": ()}, ValueError, "layers"),
+    ({"y": np.zeros(90, int)}, ValueError, "two classes or more"),
+    ({"y": np.where(Y == 1, 0, Y)}, ValueError, r"\[60, 0, 30\]"),
+    ({"y": Y[:-1]}, TypeError, "90 integer labels"),
+    ({"y": Y.astype(float)}, TypeError, "integer labels"),
+    ({"x": 255 * X}, ValueError, "expected pixels in"),
+])  # fmt: skip
+def test_bad_arguments_of_fit_are_named(network, options, error, message):
+    with pytest.raises(error, match=message):
+        rejection.fit(network, **{"x": X, "y": Y, "layers": (3, 4)} | options)
+
+
+def test_features_of_another_width_are_refused(nr):
+    with pytest.raises(ValueError, match="h has 5 features; expected 8"):
+        nr.svms[0].scores(tf.zeros((2, 5), tf.float64))
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan")])
+def test_a_rate_that_is_none_is_refused(nr, rate):
+    with pytest.raises(ValueError, match="rate is"):
+        nr.at_rate(NEW, rate)
+
+
+def test_too_many_samples_are_refused_before_the_work(monkeypatch):
+    monkeypatch.setattr(svms, "_free_memory", lambda: 1e6)
+    monkeypatch.setattr(np, "einsum", None)  # would be called first
+    with pytest.raises(MemoryError, match=r"400 samples need 0.00232 GB .* 0.001 GB are free: fit at most 262"):
+        svms.squared_distances(np.zeros((400, 3), "float32"))
+
+
+def test_bad_values_of_the_grid_are_refused():
+    h, y = blobs()
+    with pytest.raises(ValueError, match="gamma is 0"):
+        svms.grid_search(svms.squared_distances(h), y, [1.0], [0])
+
+
+# ── The attacks ──
+
+EPS = [0.0, 0.5, 2.0]
+
+
+def attacked(defence, attack, eps, seed=0):
+    threat = ThreatModel("l2", eps)
+    if attack == "algorithm 1":
+        return adaptive.algorithm_1(defence, NEW, NEW_Y, threat, step_size=0.1, steps=15, seed=seed)[0]
+    return adaptive.strong(defence, NEW, NEW_Y, threat, X, Y, steps=15, seed=seed)
+
+
+@pytest.mark.parametrize("attack", ["algorithm 1", "strong"])
+@pytest.mark.parametrize("eps", EPS)
+def test_attacks_keep_to_the_ball_and_the_bounds(dnr, attack, eps):
+    x_adv = attacked(dnr, attack, eps)
+    assert ThreatModel("l2", eps).distance(x_adv, NEW).max() <= eps + 1e-6
+    assert x_adv.min() >= 0 and x_adv.max() <= 1 and x_adv.dtype == np.float32
+    assert (eps > 0) == bool((x_adv != NEW).any())
+
+
+@pytest.mark.parametrize("attack", ["algorithm 1", "strong"])
+def test_the_same_seed_gives_the_same_images(nr, attack):
+    first = attacked(nr, attack, 0.5)
+    np.testing.assert_array_equal(first, attacked(nr, attack, 0.5))
+    assert not np.array_equal(first, attacked(nr, attack, 0.5, seed=1))
+
+
+def evaded(defence, x_adv):
+    return (rejection.outcomes(defence, x_adv, NEW_Y) == 2).mean()
+
+
+def test_the_strong_attack_is_at_least_as_good_as_the_papers(defence):
+    for eps in (0.5, 1.0):
+        strong, weak = (evaded(defence, attacked(defence, name, eps)) for name in ("strong", "algorithm 1"))
+        assert strong >= weak
+
+
+def test_more_restarts_and_the_smoothed_half_never_lose_an_image(dnr):
+    threat, aware = ThreatModel("l2", 0.7), adaptive.evasion(CLASSES)
+    gains = [aware(rejection.evaluate(dnr, adaptive.strong(dnr, NEW, NEW_Y, threat, X, Y, steps=10, restarts=r)),
+                   tf.constant(NEW_Y)).numpy() for r in (1, 2, 4)]  # fmt: skip
+    assert (gains[0] > 0).sum() <= (gains[1] > 0).sum() <= (gains[2] > 0).sum()
+    clean = aware(rejection.evaluate(dnr, NEW), tf.constant(NEW_Y)).numpy()
+    assert all((gain >= clean).all() for gain in gains) and (gains[2] > clean).any()
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"restarts": 0}, {"width": -1.0}])
+def test_bad_arguments_of_the_strong_attack_are_named(nr, options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} is"):
+        adaptive.strong(nr, NEW, NEW_Y, ThreatModel("l2", 1.0), X, Y, **options)
+
+
+def test_the_strong_attack_evades_everything_in_a_large_ball(defence):
+    assert evaded(defence, attacked(defence, "strong", 6.0)) == 1
+
+
+def test_being_refused_is_no_success(nr):
+    """A margin that forgets the refusal is satisfied with refused images; the reject-aware one is not."""
+    strict, threat = nr.at_rate(X, 0.3), ThreatModel("l2", 1.0)
+    aware = adaptive.evasion(CLASSES)
+    z = np.array([[2.0, 1.0, 0.0, 1.5], [1.0, 2.0, 0.0, 1.5], [1.0, 2.0, 0.0, 3.0]])
+    np.testing.assert_allclose(aware(z, tf.constant([0, 0, 0])), [-1.0, 0.5, -1.0])
+    x_adv = attacks.pgd(strict.logits, NEW, NEW_Y, threat, steps=10, losses=(aware,), goal=aware)
+    outcome = rejection.outcomes(strict, x_adv, NEW_Y)
+    scores = aware(rejection.evaluate(strict, x_adv), tf.constant(NEW_Y)).numpy()
+    np.testing.assert_array_equal(scores > 0, outcome == 2)
+
+
+def test_algorithm_1_descends_the_hinge_loss_of_the_runner_up(dnr):
+    z = rejection.evaluate(dnr, NEW)[:, :-1]
+    z[np.arange(len(NEW)), NEW_Y] = -np.inf
+    signs = np.where(np.arange(CLASSES) == z.argmax(1)[:, None], 1, -1)
+
+    def loss(x):
+        return np.maximum(0, 1 - signs * dnr.scores(x)[0].numpy()).sum(axis=1)
+
+    threat = ThreatModel("l2", 1.0)
+    start = threat.random_start(NEW, 0)
+    one, steps = adaptive.algorithm_1(dnr, NEW, NEW_Y, threat, step_size=0.05, steps=1)
+    with tf.GradientTape() as tape:
+        x = tf.constant(start)
+        tape.watch(x)
+        value = tf.reduce_sum(tf.nn.relu(1 - signs * dnr.scores(x)[0]), axis=1)
+    by_hand = threat.project(x - 0.05 * tape.gradient(value, x), NEW)
+    np.testing.assert_allclose(one, by_hand, atol=1e-6)
+    assert (steps == 1).all()
+    many, steps = adaptive.algorithm_1(dnr, NEW, NEW_Y, threat, step_size=0.05, steps=30)
+    assert loss(many).mean() < loss(one).mean() < loss(start).mean()
+    assert steps.min() < 30  # some have stopped
+    np.testing.assert_allclose(
+        adaptive.algorithm_1(dnr, NEW, NEW_Y, threat, step_size=0.05, tolerance=1e9)[1], 1)
+
+
+def test_training_points_of_other_classes_start_the_attack(nr):
+    threat = ThreatModel("l2", 1.0)
+    starts = adaptive.nearest_starts(nr, NEW, NEW_Y, threat, X, Y)
+    assert threat.distance(starts, NEW).max() <= 1 + 1e-6
+    d2 = ((X[None] - NEW[:, None]) ** 2).sum(axis=(2, 3, 4))
+    d2[Y[None] == NEW_Y[:, None]] = np.inf
+    for i, near in enumerate(np.argsort(d2, axis=1)[:, :5]):
+        options = threat.project(X[near], np.repeat(NEW[i : i + 1], 5, axis=0)).numpy()
+        scores = adaptive.evasion(CLASSES)(rejection.evaluate(nr, options), tf.constant([NEW_Y[i]] * 5)).numpy()
+        np.testing.assert_allclose(starts[i], options[scores.argmax()], atol=1e-6)
+
+
+def test_the_density_pulls_towards_the_wrong_class(nr):
+    density = adaptive.kernel_density(X, Y, 0.5)
+    by_hand = [np.log(np.exp(-((NEW[0] - X[k == Y]) ** 2).sum(axis=(1, 2, 3)) / 0.5).sum()) for k in range(CLASSES)]
+    np.testing.assert_allclose(density(NEW[:1])[0], by_hand, rtol=1e-6)
+    options = dict(threat=ThreatModel("l2", 1.0), x_train=X, y_train=Y, steps=15)
+    plain, dense = (adaptive.strong(nr, NEW, NEW_Y, density=d, weight=w, **options)
+                    for d, w in ((None, 0.0), (density, 10.0)))  # fmt: skip
+    wrong = (NEW_Y[:, None] != np.arange(CLASSES))
+    best = [np.where(wrong, density(x), -np.inf).max(1).mean() for x in (NEW, plain, dense)]
+    assert best[2] > best[0]
+    with pytest.raises(ValueError, match="bandwidth is 0"):
+        adaptive.kernel_density(X, Y, 0)
+
+
+@pytest.mark.parametrize("options", [{"step_size": 0}, {"steps": 0}, {"tolerance": -1}])
+def test_bad_arguments_of_algorithm_1_are_named(nr, options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} is"):
+        adaptive.algorithm_1(nr, NEW, NEW_Y, ThreatModel("l2", 1.0), **{"step_size": 0.1} | options)
+
+
+def test_cleared_graphs_are_built_again(nr):
+    before = rejection.evaluate(nr, NEW)
+    assert models.compiled.cache_info().currsize
+    adaptive.clear_graphs()
+    assert not models.compiled.cache_info().currsize
+    np.testing.assert_array_equal(rejection.evaluate(nr, NEW), before)
+
+
+def test_a_target_is_kept_until_the_next_one(nr, dnr, tmp_path):
+    first, second = (tmp_path / rejection.save(defence, tmp_path) for defence in (nr, dnr))
+    kept = adaptive.target(first)
+    rejection.evaluate(kept, NEW)
+    assert adaptive.target(first) is kept and models.compiled.cache_info().currsize == 1
+    assert adaptive.target(second).layers == dnr.layers
+    assert not models.compiled.cache_info().currsize
