@@ -23,11 +23,12 @@ def dense(units, **options):
 
 
 def network(rate=0.4, batch_norm=True):
-    """Dropout behind the convolution and before the last layer; batch statistics that have moved from 0 and 1."""
+    """Dropout behind the convolution and before the last layer; moved batch statistics in front of both."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential([
         layers.Input(SHAPE), layers.Conv2D(4, 3, activation="relu"), *[layers.BatchNormalization()] * batch_norm,
-        layers.Dropout(rate), layers.Flatten(), dense(8, activation="relu"), layers.Dropout(rate), dense(3),
+        layers.Dropout(rate), layers.Flatten(), dense(8, activation="relu"),
+        *[layers.BatchNormalization()] * batch_norm, layers.Dropout(rate), dense(3),
     ])  # fmt: skip
     for _ in range(20 * batch_norm):
         model(X, training=True)
