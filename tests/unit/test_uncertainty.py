@@ -15,7 +15,7 @@ from helpers.uncertainty import METRICS, formulas, metrics, sample, thinned
 
 SHAPE = (4, 4, 1)
 X = np.random.default_rng(0).uniform(0, 1, (7, *SHAPE)).astype("float32")
-ONES = np.ones((1, 1, 2, 1), "float32")
+PAIR = np.array([1, 0.5], "float32").reshape(1, 1, 2, 1)
 
 
 def dense(units, **options):
@@ -23,11 +23,12 @@ def dense(units, **options):
 
 
 def network(rate=0.4, batch_norm=True):
-    """Dropout behind the convolution and before the last layer; batch statistics that have moved from 0 and 1."""
+    """Dropout behind the convolution and before the last layer; moved batch statistics in front of both."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential([
         layers.Input(SHAPE), layers.Conv2D(4, 3, activation="relu"), *[layers.BatchNormalization()] * batch_norm,
-        layers.Dropout(rate), layers.Flatten(), dense(8, activation="relu"), layers.Dropout(rate), dense(3),
+        layers.Dropout(rate), layers.Flatten(), dense(8, activation="relu"),
+        *[layers.BatchNormalization()] * batch_norm, layers.Dropout(rate), dense(3),
     ])  # fmt: skip
     for _ in range(20 * batch_norm):
         model(X, training=True)
@@ -36,7 +37,7 @@ def network(rate=0.4, batch_norm=True):
 
 def two_units(*rates):
     """A network whose two logits are the two pixels of an image, dropped out at each rate in turn."""
-    return keras.Sequential([layers.Input(ONES.shape[1:]), layers.Flatten(), *map(layers.Dropout, rates),
+    return keras.Sequential([layers.Input(PAIR.shape[1:]), layers.Flatten(), *map(layers.Dropout, rates),
                              layers.Dense(2, kernel_initializer="identity")])  # fmt: skip
 
 
@@ -137,12 +138,13 @@ def test_a_thinned_network_is_the_same_for_every_image():
 
 @pytest.mark.parametrize("rates", [(0.5,), (0.25,), (0.75,), (0.5, 0.25)])
 def test_units_are_dropped_and_scaled_at_the_rate_of_every_layer(rates):
-    """With logits of 0 or 1 / kept, the log-odds of two classes are 0 or +-1 / kept; kept is the share that stays."""
-    p, kept = sample(two_units(*rates), ONES, draws=4000)[:, 0], np.prod([1 - rate for rate in rates])
+    """The share `kept` of units stays, scaled by its inverse: a value of the log-odds for each subset of the two."""
+    p, kept = sample(two_units(*rates), PAIR, draws=4000)[:, 0], np.prod([1 - rate for rate in rates])
     log_odds = np.log(p[:, 0] / p[:, 1])
-    found = {sign: np.isclose(log_odds, sign / kept, atol=1e-4).mean() for sign in (-1, 0, 1)}
-    for sign, share in {-1: kept * (1 - kept), 0: kept**2 + (1 - kept) ** 2, 1: kept * (1 - kept)}.items():
-        np.testing.assert_allclose(found[sign], share, atol=4.5 * np.sqrt(share * (1 - share) / 4000))
+    shares = {0: (1 - kept) ** 2, 1: kept * (1 - kept), -0.5: kept * (1 - kept), 0.5: kept**2}
+    found = {value: np.isclose(log_odds, value / kept, atol=1e-4).mean() for value in shares}
+    for value, share in shares.items():
+        np.testing.assert_allclose(found[value], share, atol=4.5 * np.sqrt(share * (1 - share) / 4000))
     np.testing.assert_allclose(sum(found.values()), 1)
 
 
