@@ -39,7 +39,7 @@ TARGETS = {
 def arguments():
     options = parser(__doc__)
     options.add_argument("--steps", type=int, default=20, help="PGD steps of the rate")
-    options.add_argument("--curve-steps", type=int, default=30, help="PGD steps at each eps of the curve")
+    options.add_argument("--curve-steps", type=int, default=40, help="PGD steps at each eps of the curve")
     options.add_argument("--eps", type=float, default=0.1, help="eps of the rate")
     options.add_argument("--grid", type=float, nargs="+", default=[0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3])
     options.add_argument("--curve-repeats", type=int, default=2, help="counted rounds of the curve")
@@ -120,8 +120,10 @@ def measure_curve(model, x, y, attackers, grid, steps, repeats):
         return np.array(rows[1:])
 
     def ours(grid):
-        # It starts each eps from the last one's result and needs fewer steps for it; the accuracies are compared below.
-        return evaluation.security_curve(model, x, y, grid, steps=steps * 4 // 5, batch_size=len(x))
+        # It starts each eps from the last one's result, and the margin wastes no step on images that are beaten already:
+        # it needs fewer steps for the same accuracies, which are compared below.
+        options = {"steps": steps * 3 // 5, "losses": ("margin",), "batch_size": len(x)}
+        return evaluation.security_curve(model, x, y, grid, **options)
 
     curves = {name: partial(plain, attack) for name, attack in attackers.items()} | {"ours": ours}
     first, calls = ({name: partial(curve, part) for name, curve in curves.items()} for part in (grid[:1], grid))

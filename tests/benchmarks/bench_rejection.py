@@ -68,7 +68,7 @@ def measure_step(defence, x, y, steps, repeats):
     threat, aware = ThreatModel("l2", 0.5), adaptive.evasion(10)
     options = dict(steps=steps, step_size=1e-3, batch_size=len(x))
     calls = {"bare network": lambda: attacks.pgd(defence.network, x, y, threat, losses=("margin",), **options),
-             "DNR": lambda: attacks.pgd(defence.logits, x, y, threat, losses=(aware,), success=aware, **options)}
+             "DNR": lambda: attacks.pgd(defence.logits, x, y, threat, losses=(aware,), goal=aware, **options)}
     seconds = {name: [] for name in calls}
     for turn in tqdm(range(repeats + 1), desc="step"):
         for name in list(calls)[:: (-1) ** turn]:
