@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 
 import numpy as np
 import tensorflow as tf
+from tqdm import tqdm
 
 from helpers import attacks
 from helpers.models import compiled
@@ -72,14 +73,15 @@ def kernel_density(x, y, bandwidth):
 
 def strong(
     defence, x, y, threat, x_train, y_train, *, steps=200, restarts=4, width=0.3, density=None, weight=0.0,
-    batch_size=500, seed=0,
+    batch_size=500, seed=0, label=None,
 ):  # fmt: skip
     """PGD on the reject-aware margin, from starts that already resemble another class; the best iterate is kept.
 
     Every restart takes `steps` normalised steps: half of them on the defence with every gamma times `width`, whose
     gradient reaches further, then half on the defence itself. The second restart begins at `nearest_starts`, the others
     where PGD drives the bare network to the most, the next, ... probable wrong class. Images that evade leave.
-    `density`, from `kernel_density`, adds `weight` times the log-density of the wrong class to the loss.
+    `density`, from `kernel_density`, adds `weight` times the log-density of the wrong class to the loss. `label` is the
+    text of the progress bar; None shows none.
     """
     check_positive(steps=steps, restarts=restarts, width=width)
     order = evaluate(Defence(defence.network), x)[:, :-1]
@@ -98,7 +100,7 @@ def strong(
         best[left[won]], score[left[won]] = images[won], new[won]
         return new <= 0
 
-    for restart in range(restarts):
+    for restart in tqdm(range(restarts), desc=label, disable=label is None, unit="restart"):
         left = np.flatnonzero(score <= 0)
         if not left.size:
             break
@@ -148,12 +150,14 @@ def _hinge_step(defence, shape, norm, bounds):
     return step
 
 
-def algorithm_1(defence: Defence, x, y, threat, *, step_size, steps=100, tolerance=0.01, batch_size=500, seed=0):
+def algorithm_1(
+    defence, x, y, threat, *, step_size, steps=100, tolerance=0.01, batch_size=500, seed=0, label=None
+):  # fmt: skip
     """The paper's attack: gradient descent on the hinge loss of the runner-up class, from a random start in the ball.
 
     The label vector has +1 at the runner-up (the best wrong class of the clean image) and -1 elsewhere; the loss is
     summed over classes. The gradient is not normalised. An image stops when its loss changes by no more than
-    `tolerance` (the paper's t), or after `steps`; its last iterate is reported.
+    `tolerance` (the paper's t), or after `steps`; its last iterate is reported. `label`: text of the progress bar.
 
     Returns
     -------
@@ -168,7 +172,7 @@ def algorithm_1(defence: Defence, x, y, threat, *, step_size, steps=100, toleran
     step = _hinge_step(defence, x.shape[1:], threat.norm, threat.bounds)
     current, taken, last = threat.random_start(x, seed), np.zeros(len(x), int), np.full(len(x), np.inf)
     active = np.arange(len(x))
-    for _ in range(steps):
+    for _ in tqdm(range(steps), desc=label, disable=label is None, unit="step"):
         parts = [active[i : i + batch_size] for i in range(0, len(active), batch_size)]
         for b in parts:
             loss, ahead = (t.numpy() for t in step(current[b], x[b], signs[b], threat.eps, step_size))

@@ -509,3 +509,14 @@ def test_a_target_is_kept_until_the_next_one(nr, dnr, tmp_path):
     assert adaptive.target(first) is kept and models.compiled.cache_info().currsize == 1
     assert adaptive.target(second).layers == dnr.layers
     assert not models.compiled.cache_info().currsize
+
+
+def test_attacks_show_progress_where_asked(nr, capsys):
+    threat = ThreatModel("l2", 0.5)
+    adaptive.algorithm_1(nr, NEW, NEW_Y, threat, step_size=0.1, steps=2)
+    adaptive.strong(nr, NEW, NEW_Y, threat, X, Y, steps=2)
+    assert capsys.readouterr().err == ""
+    adaptive.algorithm_1(nr, NEW, NEW_Y, threat, step_size=0.1, steps=2, label="Algorithm 1")
+    adaptive.strong(nr, NEW, NEW_Y, threat, X, Y, steps=2, label="strong attack")
+    shown = capsys.readouterr().err
+    assert "Algorithm 1" in shown and "strong attack" in shown
