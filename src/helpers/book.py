@@ -184,7 +184,7 @@ def _with_figures(page, folder, chapter):
         for label, output in zip([cell.id, *(f"{cell.id}-{n}" for n in range(2, 99))], figures, strict=False):
             about, name = output.metadata["image/png"], f"{chapter}-{label}.png"
             (folder / name).write_bytes(base64.b64decode(output.data["image/png"]))
-            options = f":alt: {json.dumps(about['alt'], ensure_ascii=False)}\n:name: fig-{label}"
+            options = f":alt: {json.dumps(about['alt'], ensure_ascii=False)}\n:name: fig-{chapter[:2]}-{label}"
             output.data = {"text/markdown": f":::{{figure}} {name}\n{options}\n\n{about.get('caption', '')}\n:::"}
     return page
 

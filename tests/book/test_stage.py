@@ -112,7 +112,7 @@ def test_a_figure_gets_its_text_number_and_caption(tiny):
     html = (book.output / "html/notebooks/02_tiny.html").read_text()
     (image,) = re.findall(r"<img [^>]*02_tiny-c1\.[^>]*>", html)
     assert 'alt="It falls: from &quot;0.9&quot; to 0.1 # really"' in image
-    assert re.search(r'<figure[^>]* id="fig-c1">.*?Fig\. 1 .*?A <strong>caption</strong>\.', html, re.DOTALL)
+    assert re.search(r'<figure[^>]* id="fig-02-c1">.*?Fig\. 1 .*?A <strong>caption</strong>\.', html, re.DOTALL)
     assert html.index("A <strong>caption") < html.index("<p>Text after the figure.")
     picture = base64.b64decode(re.search(r'pixel = "(.*)"', FIGURE).group(1))
     assert (book.output / "stage/notebooks/02_tiny-c1.png").read_bytes() == picture
