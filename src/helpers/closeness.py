@@ -74,7 +74,10 @@ class Closeness:
         From the distances to the nearest of the first `reference` points of every class: -1 / mean of log(r_i / r) over
         the `neighbours` nearest, where r is the distance of the next one. Eqn. 4 has the last of them in that place.
         """
-        return _lid(features, np.concatenate(self.thin(reference).points), neighbours).numpy()
+        points = np.concatenate(self.thin(reference).points)
+        if not 1 <= neighbours < len(points):
+            raise ValueError(f"neighbours is {neighbours}; expected 1 to {len(points) - 1}, less than there are points")
+        return _lid(features, points, neighbours).numpy()
 
 
 def distribution(features):
@@ -84,7 +87,8 @@ def distribution(features):
 
 def divergences(features, means):
     """D_KL(P || Q_c) of Eqn. 11 in nats, (n, classes), of activations (n, d) from mean distributions (classes, d)."""
-    p, log_p, log_q = distribution(features), tf.nn.log_softmax(features), tf.math.log(means)
+    p, log_p = distribution(features), tf.nn.log_softmax(features)
+    log_q = tf.math.log(tf.maximum(means, 1e-30))  # a mean may underflow where a class never goes
     return tf.reduce_sum(p * log_p, axis=1, keepdims=True) - tf.matmul(p, log_q, transpose_b=True)
 
 

@@ -25,6 +25,8 @@ def thinned(model, draws, seed=0):
     dropouts = [i for i, layer in enumerate(model.layers) if isinstance(layer, keras.layers.Dropout) and layer.rate > 0]
     if not dropouts:
         raise ValueError("model has no dropout layer with a rate above 0; Monte-Carlo dropout needs one")
+    if odd := [model.layers[i].name for i in dropouts if type(model.layers[i]) is not keras.layers.Dropout]:
+        raise ValueError(f"model drops whole maps in {odd}; expected keras.layers.Dropout, which drops single units")
     if draws < 2:
         raise ValueError(f"draws is {draws}; expected at least 2 (the paper's T)")
     rng, first = np.random.default_rng(seed), dropouts[0]

@@ -220,3 +220,15 @@ def test_densities_and_divergences_compute_in_float64_too():
     expected = logsumexp(-((QUERIES[:, None] - members[None]) ** 2).sum(axis=2) / SIGMA**2, axis=1) - np.log(9)
     found = closeness.log_density(tf.constant(QUERIES, tf.float64), tf.constant(members), SIGMA)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_a_class_mean_that_underflows_leaves_the_divergence_finite():
+    far = np.array([[200.0, 0.0, 0.0]], "float32")
+    assert Closeness((far,), 1.0).kl(far, np.zeros(1, int)) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("neighbours", [0, 4])
+def test_lid_needs_more_points_than_neighbours(neighbours):
+    points = np.eye(4, dtype="float32")
+    with pytest.raises(ValueError, match=f"neighbours is {neighbours}; expected 1 to 3"):
+        Closeness((points,), 1.0).lid(points, neighbours)

@@ -226,3 +226,10 @@ def test_networks_that_cannot_be_thinned_are_refused(model, draws, error, messag
 def test_bad_images_are_refused(x, error):
     with pytest.raises(error, match="^x "):
         sample(NET, x)
+
+
+def test_a_dropout_of_whole_maps_is_refused():
+    model = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.SpatialDropout2D(0.5), keras.layers.Flatten(),
+                              keras.layers.Dense(2)])  # fmt: skip
+    with pytest.raises(ValueError, match="drops whole maps"):
+        thinned(model, 2)
