@@ -40,9 +40,9 @@ def say(markdown):
     display(Markdown(markdown))
 
 
-def security_curve(eps, series, ylabel="accuracy", trained_eps=None):
-    """A rate in [0, 1] against eps; `series`: name -> (n_seeds, n_eps); `trained_eps` gets a line."""
-    ax = _axes(1, 1, 6, 4.8)[0, 0]
+def security_curve(eps, series, ylabel="accuracy", trained_eps=None, ax=None):
+    """A rate in [0, 1] against eps; `series`: name -> (n_seeds, n_eps); `trained_eps` gets a line, `ax` the panel."""
+    ax = _axes(1, 1, 6, 4.8)[0, 0] if ax is None else ax
     if trained_eps is not None:
         ax.axvline(trained_eps, color=FAINT, linestyle=":", label=f"trained at ε = {trained_eps:g}")
     ax.set(xlabel="ε (pixel range [0, 1])", ylabel=ylabel, ylim=(-0.02, 1.02))
