@@ -11,6 +11,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from helpers import attacks
+from helpers.closeness import squared_distances
 from helpers.models import compiled
 from helpers.rejection import Defence, evaluate, load
 from helpers.threat import check_images, check_labels, check_positive, project
@@ -64,9 +65,8 @@ def kernel_density(x, y, bandwidth):
 
     def log_density(images):
         flat = tf.cast(tf.reshape(images, (tf.shape(images)[0], points.shape[1])), tf.float64)
-        products = tf.matmul(flat, points, transpose_b=True)
-        d2 = tf.reduce_sum(flat**2, 1, keepdims=True) + tf.reduce_sum(points**2, 1) - 2 * products
-        return tf.reduce_logsumexp(-d2[:, :, None] / (2 * bandwidth**2) + other, axis=1)
+        log_kernel = -squared_distances(flat, points) / (2 * bandwidth**2)
+        return tf.reduce_logsumexp(log_kernel[:, :, None] + other, axis=1)
 
     return log_density
 
@@ -86,18 +86,17 @@ def strong(
     check_positive(steps=steps, restarts=restarts, width=width)
     order = evaluate(Defence(defence.network), x)[:, :-1]
     classes = order.shape[1]
-    check_labels(y, len(x), classes)
+    y = check_labels(y, len(x), classes)
     order[np.arange(len(x)), y] = -np.inf
     order = np.argsort(-order, axis=1)
     soft, success = evasion(classes, 1), evasion(classes)
     hard = success if density is None else dense_evasion(classes, weight)
-    best, score = x.copy(), success(evaluate(defence, x), tf.constant(y, tf.int64)).numpy()
+    best, score = x.copy(), success(evaluate(defence, x), y).numpy()
     model, options = _views(defence, width, density), {"batch_size": batch_size, "seed": seed}
 
     def keep(left, images):
-        new = success(evaluate(defence, images), tf.constant(y[left], tf.int64)).numpy()
-        won = new > score[left]
-        best[left[won]], score[left[won]] = images[won], new[won]
+        new = success(evaluate(defence, images), y[left]).numpy()
+        attacks.keep(images, new, best, score, left)
         return new <= 0
 
     for restart in tqdm(range(restarts), desc=label, disable=label is None, unit="restart"):
@@ -140,12 +139,13 @@ def _hinge_step(defence, shape, norm, bounds):
     """Compile one step of Algorithm 1: the loss at `x_adv`, and where the step leads."""
     images, number = tf.TensorSpec((None, *shape), tf.float32), tf.TensorSpec((), tf.float32)
 
+    def hinge(scores, signs):
+        return tf.reduce_sum(tf.nn.relu(1 - signs * scores), axis=1)
+
     @tf.function(input_signature=[images, images, tf.TensorSpec((None, None), tf.float64), number, number])
     def step(x_adv, x, signs, eps, step_size):
-        with tf.GradientTape() as tape:
-            tape.watch(x_adv)
-            loss = tf.reduce_sum(tf.nn.relu(1 - signs * defence.scores(x_adv)[0]), axis=1)
-        return loss, project(x_adv - step_size * tape.gradient(loss, x_adv), x, norm, eps, bounds)
+        gradient, loss, _ = attacks.input_gradient(lambda images: defence.scores(images)[0], hinge, x_adv, signs)
+        return loss, project(x_adv - step_size * gradient, x, norm, eps, bounds)
 
     return step
 

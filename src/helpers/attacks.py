@@ -111,7 +111,7 @@ def _values(goal, model, x, y, batch_size):
     return goal(tf.constant(predict(model, x, batch_size), tf.float32), y).numpy()
 
 
-def _keep(images, scores, best, score, at):
+def keep(images, scores, best, score, at):
     """Let those of `images` that score higher replace the rows `at` of `best` and `score`, in place."""
     won = scores > score[at]
     best[at[won]], score[at[won]] = images[won], scores[won]
@@ -163,7 +163,7 @@ def pgd(model, x, y, threat, *, steps=40, step_size=None, restarts=1, losses=("c
             break
         found = _ascend(model, x[active], y[active], first[active], threat, losses[restart % len(losses)], targeted,
                         goal=goal, compact=compact, **sizes)  # fmt: skip
-        _keep(*found, best, score, active)
+        keep(*found, best, score, active)
     return best
 
 
@@ -178,7 +178,7 @@ def square(model, x, y, eps, *, queries=500, batch_size=500, seed=0):
     n, h, w, c = x.shape
     best, score = x.copy(), _values(margin, model, x, y, batch_size)
     stripes = np.clip(x + eps * rng.choice([-1.0, 1.0], (n, 1, w, c)), 0, 1).astype("float32")
-    _keep(stripes, _values(margin, model, stripes, y, batch_size), best, score, np.arange(n))
+    keep(stripes, _values(margin, model, stripes, y, batch_size), best, score, np.arange(n))
     for query in range(1, queries):
         active = np.flatnonzero(score <= 0)
         side = min(h, w, max(1, round(np.sqrt(0.8 * 0.5 ** (8 * query / queries) * h * w))))
@@ -189,7 +189,7 @@ def square(model, x, y, eps, *, queries=500, batch_size=500, seed=0):
             inside = inside & (np.abs(np.arange(w) - column[:, None] - (side - 1) / 2) < side / 2)[:, None, :, None]
             signs = rng.choice([-1.0, 1.0], (len(b), 1, 1, c))
             trial = np.where(inside, np.clip(x[b] + eps * signs, 0, 1), best[b]).astype("float32")
-            _keep(trial, _values(margin, model, trial, y[b], batch_size), best, score, b)
+            keep(trial, _values(margin, model, trial, y[b], batch_size), best, score, b)
     return best
 
 

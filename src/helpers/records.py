@@ -173,7 +173,7 @@ class Record(_Strict):
         ranks = [_judge(claim, ours[part], papers[part], direction, choice_tie) for part in ours]
         verdict = _VERDICTS[max(ranks) if ranks and self.profile != "smoke" else 3]  # smoke is never a reproduction
         if verdict == "reproduced" and claim.kind == "number" and any(
-                abs(ours[part].mean - papers[part]) > claim.tolerance + 1e-9 for part in ours):
+                _off(ours[part], papers[part]) > claim.tolerance for part in ours):
             note = "; ".join(filter(None, [note, f"beyond the tolerance of {claim.tolerance:g}, within two standard "
                                                  "deviations of the seeds"]))
         self.claims.append(Outcome(id=id, ours=ours.get("", ours or None), note=note, verdict=verdict))
@@ -235,9 +235,13 @@ def _judge(claim, ours, paper, direction, choice_tie):
     if claim.kind == "order":
         return 2 if ours.mean <= 0 else 0 if ours.n >= 2 and ours.mean > 2 * ours.sd / ours.n**0.5 else 1
     margin = max(claim.tolerance, 2 * ours.sd if ours.n >= 3 else 0)
-    if abs(ours.mean - paper) <= margin + 1e-9:  # 0.9892 - 0.9852 is a little more than 0.004 in binary
+    if _off(ours, paper) <= margin:
         return 1 if claim.id[:2] in _SUBSTITUTED else 0
     return 1 if direction else 2
+
+
+def _off(ours, paper):
+    return abs(ours.mean - paper) - 1e-9  # 0.9892 - 0.9852 is a little more than 0.004 in binary
 
 
 def _revision():

@@ -103,8 +103,7 @@ class Defence:
 def evaluate(defence, x, batch_size=500):
     """`defence.logits` of images `x` (n, h, w, c) as an array (n, classes + 1), in batches."""
     check_images(x)
-    graph = models.compiled(defence.logits)
-    return np.concatenate([graph(tf.constant(x[i : i + batch_size])) for i in range(0, len(x), batch_size)])
+    return models.predict(defence.logits, x, batch_size)
 
 
 def outcomes(defence, x, y):
@@ -159,7 +158,7 @@ def fit(network, x, y, *, layers=(5, 7, 8), C=0.1, gamma=0.01, folds=None, theta
     parts = [*layers, "combiner"]
     C, gamma = (value if isinstance(value, dict) else dict.fromkeys(parts, value) for value in (C, gamma))
     for part in parts[: len(layers) + (len(layers) > 1)]:
-        if part not in C or part not in gamma:
+        if None in (C.get(part), gamma.get(part)):
             raise ValueError(f"C and gamma lack {part!r}; expected a number, or one for each of {parts}")
         svm.check_positive(C=C[part], gamma=gamma[part])
     svm.check_classes(y, max(5, folds or 0))

@@ -171,12 +171,15 @@ def grid_search(distances, y, Cs, gammas, folds=5, seed=0, label=None):
     """Cross-validated accuracy (len(gammas), len(Cs), folds) from one matrix of squared distances."""
     found = np.empty((len(gammas), len(Cs), folds))
     check_classes(y, folds)
+    for name, values in {"gamma": gammas, "C": Cs}.items():
+        for value in values:
+            check_positive(**{name: value})
     for g, gamma in enumerate(tqdm(gammas, desc=label, disable=label is None, unit="gamma")):
-        gram = kernel(distances, check_positive(gamma=gamma))
+        gram = kernel(distances, gamma)
         for f, (rows, held) in enumerate(StratifiedKFold(folds, shuffle=True, random_state=seed).split(gram, y)):
             known, new = gram[np.ix_(rows, rows)], gram[np.ix_(held, rows)]
             for c, C in enumerate(Cs):
-                weights, bias = duals(known, y[rows], check_positive(C=C))
+                weights, bias = duals(known, y[rows], C)
                 found[g, c, f] = np.mean((new @ weights + bias).argmax(axis=1) == y[held])
     return found
 
@@ -190,8 +193,7 @@ def check_classes(y, least=1):
 
 
 def check_positive(**values):
-    """The (last) value; raise, with its name, unless every one is a finite number > 0."""
+    """Raise ValueError, with its name, unless every value is a finite number > 0."""
     for name, value in values.items():
         if not (np.isfinite(value) and value > 0):
             raise ValueError(f"{name} is {value}; expected a finite number > 0")
-    return value
