@@ -117,12 +117,16 @@ def verdict_bars(counts):
     return ax.figure
 
 
-def eps_slider(frames, eps, label):
-    """A slider as HTML, no kernel, no network; `frames`: (image in [0, 1] or Figure, text) for each eps."""
+def eps_slider(frames, eps, label, norm="linf"):
+    """A slider as HTML, no kernel, no network; `frames`: (image in [0, 1] or Figure, text) for each eps.
+
+    With `norm` "linf" each eps is also shown in steps of 1/255; an "l2" length has no such unit.
+    """
     if len(frames) != len(eps) or not frames or not label.strip():
         raise ValueError(f"frames: got {len(frames)} for {len(eps)} eps, label {label!r}; expected one each")
+    lengths = [f"ε = {e:.3g}" + (f" ({e * 255:.3g}/255)" if norm == "linf" else "") for e in eps]
     images = [(_png(picture if isinstance(picture, Figure) else digit_grid([picture], columns=1, size=2.2)),
-               f"ε = {e:.3g} ({e * 255:.3g}/255): {text}") for e, (picture, text) in zip(eps, frames, strict=True)]
+               f"{length}: {text}") for length, (picture, text) in zip(lengths, frames, strict=True)]
     template = jinja2.Template(Path(__file__).with_name("slider.html.jinja").read_text("utf-8"), autoescape=True)
     key = hashlib.sha256(f"{label}{images}".encode()).hexdigest()[:12]
     return HTML(template.render(key=f"eps-{key}", label=label, images=images))

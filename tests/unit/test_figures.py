@@ -195,6 +195,11 @@ def test_slider_is_self_contained_and_has_a_frame_for_each_eps(rng):
     assert len(text) < 100_000
 
 
+def test_an_l2_slider_has_no_steps_of_255():
+    text = figures.eps_slider([(np.zeros((8, 8)), "clean")], [3.0], "PGD", "l2").data
+    assert 'alt="ε = 3: clean"' in text
+
+
 def test_sliders_on_one_page_have_their_own_ids_and_the_same_input_the_same_id(rng):
     ids = [Page(slider(np.random.default_rng(seed))[1]).all("figure")[0]["id"] for seed in (0, 1, 0)]
     assert ids[0] != ids[1]

@@ -1,0 +1,188 @@
+"""The rendered site in a real browser, Debian's Chromium, with the network cut: what a reader sees and can operate.
+
+Without a Chromium these tests are skipped, loudly; in CI that is a failure. axe-core is what `npm ci` puts into
+tests/book/node_modules (see .ci/run).
+"""
+
+import io
+import os
+import shutil
+import threading
+import warnings
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+AXE = Path(__file__).parent / "node_modules/axe-core/axe.min.js"
+SIZES = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 360, "height": 740}}
+READY = "() => !window.MathJax || !window.MathJax.startup || window.MathJax.startup.promise.then(() => true)"
+FIGURES = "main figure img, main .cell_output img"
+
+
+def lacking(what):
+    """Fail in CI, where everything is installed; skip with a warning on a machine that lacks it."""
+    if os.environ.get("CI"):
+        pytest.fail(f"{what} is not installed, and CI needs it: see .ci/run")
+    warnings.warn(f"NO BROWSER TEST WAS RUN: {what} is not installed (see .ci/run)", stacklevel=2)
+    pytest.skip(f"{what} is not installed")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    names = ("chromium", "chromium-browser", "google-chrome")
+    if not (path := next(filter(None, map(shutil.which, names)), None)):
+        lacking("Chromium")
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def folder(site):
+    return site.output / "html"
+
+
+@pytest.fixture(scope="module")
+def pages(folder):
+    found = [path for path in folder.rglob("*.html") if "_static" not in path.parts]
+    assert len(found) > 8
+    return sorted(path for path in found if path != folder / "index.html")  # which only leads to book/index.html
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    """Address of the site, served from this machine: the search page reads other pages, which files may not."""
+    quiet = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(quiet, directory=folder)) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{served.server_port}"
+        served.shutdown()
+
+
+@pytest.fixture
+def visit(browser, folder, server):
+    """Open a file of the site in a fresh window: (page, what went wrong). A request to anywhere but the site fails."""
+    windows = []
+
+    def open_page(path, query="", size="desktop", mode="light"):
+        window = browser.new_context(viewport=SIZES[size], color_scheme=mode, has_touch=size == "phone")
+        windows.append(window)
+        page, wrong = window.new_page(), []
+        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("requestfailed", lambda request: wrong.append(f"not loaded: {request.url}"))
+        page.route(lambda address: not address.startswith((server, "data:", "blob:")), lambda route: route.abort())
+        page.goto(f"{server}/{path.relative_to(folder)}{query}", wait_until="load")
+        page.evaluate(READY)
+        return page, wrong
+
+    yield open_page
+    for window in windows:
+        window.close()
+
+
+def failing(pages, check):
+    """Pages that a check (page path -> what is wrong, or nothing) finds fault with."""
+    return {path.name: wrong for path in pages if (wrong := check(path))}
+
+
+def grey(page, locator):
+    """Lightness (0 to 255) of the pixels of a screenshot of the first element."""
+    locator.scroll_into_view_if_needed()
+    return np.asarray(Image.open(io.BytesIO(locator.screenshot())).convert("L"))
+
+
+def test_every_page_loads_without_a_network_and_without_an_error(pages, visit):
+    assert not failing(pages, lambda path: visit(path)[1])
+
+
+def test_a_remote_request_or_an_error_would_be_seen(folder, visit):
+    page, wrong = visit(folder / "book/primer.html")
+    page.set_content('<img src="https://example.invalid/x.png"><script>console.error("oh"); throw Error("no")</script>')
+    assert [any(what in line for line in wrong) for what in ("example.invalid", "oh", "no")] == [True] * 3
+
+
+def test_mathematics_is_typeset(pages, visit):
+    def check(path):
+        page, _ = visit(path)
+        wanted, made = (page.locator(f"main {what}").count() for what in (".math", "mjx-container"))
+        left = page.locator("mjx-merror").count() + page.locator("main").inner_text().count("\\(")
+        return (wanted, made, left) if made < wanted or left else None
+
+    assert not failing(pages, check)
+    assert visit(next(path for path in pages if path.name == "notation.html"))[0].locator("mjx-container").count() > 10
+
+
+def test_sliders_move_with_the_arrow_keys_and_change_the_picture(pages, visit):
+    def check(path):
+        page, _ = visit(path)
+        wrong = []
+        for slider in page.locator("main input[type=range]").all():
+            figure = slider.locator("xpath=ancestor::figure[1]")
+            slider.focus()
+            before = grey(page, figure.locator("img:visible")), figure.inner_text()
+            page.keyboard.press("End")
+            after = grey(page, figure.locator("img:visible")), figure.inner_text()
+            page.keyboard.press("Home")
+            again = grey(page, figure.locator("img:visible")), figure.inner_text()
+            if np.array_equal(before[0], after[0]) and np.array_equal(after[0], again[0]) or after[1] == again[1]:
+                wrong.append(slider.get_attribute("aria-label"))
+        return wrong
+
+    assert not failing(pages, check)
+
+
+def test_every_chapter_has_a_slider(site, folder, visit):
+    without = [name for name in site.chapters() if not visit(folder / f"notebooks/{name}.html")[0]
+               .locator("main input[type=range]").count()]
+    assert not without
+
+
+def test_search_finds_gradient_masking(folder, visit):
+    page, wrong = visit(folder / "search.html", "?q=gradient+masking")
+    page.wait_for_selector("#search-results li a", timeout=10000)
+    assert "primer" in page.locator("#search-results").inner_html() and not wrong
+
+
+def test_figures_are_legible_on_a_dark_page(pages, visit):
+    def check(path):
+        page, _ = visit(path, mode="dark")
+        body = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        wrong = [] if sum(map(int, body[4:-1].split(","))) < 200 else [f"the page itself is {body}"]
+        for picture in page.locator(FIGURES).all():
+            if picture.is_visible():
+                dark, light = np.percentile(grey(page, picture), [0.5, 99.5])
+                wrong += [] if light - dark > 100 else [picture.get_attribute("alt")]
+        return wrong
+
+    assert not failing(pages, check)
+
+
+def test_a_phone_needs_no_sideways_scroll(pages, visit):
+    def check(path):
+        page, _ = visit(path, size="phone")
+        wide = page.evaluate("document.scrollingElement.scrollWidth - document.documentElement.clientWidth")
+        return wide if wide > 0 else None
+
+    assert not failing(pages, check)
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_axe_finds_no_serious_violation(pages, visit, mode):
+    if not AXE.exists():
+        lacking("axe-core")
+
+    def check(path):
+        page, _ = visit(path, mode=mode)
+        page.add_script_tag(path=AXE)
+        found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+        return [f"{v['id']}: {v['nodes'][0]['html'][:150]} ({len(v['nodes'])})" for v in found
+                if v["impact"] in ("serious", "critical")]
+
+    assert not failing(pages, check)
