@@ -89,7 +89,7 @@ def test_clean_keeps_the_units_of_long_runs(checkout, tmp_path):
 
 
 @pytest.mark.parametrize("data", [False, True])
-@pytest.mark.parametrize("fails", ["", "test", "book"])
+@pytest.mark.parametrize("fails", ["", "npm", "test", "book"])
 def test_ci_runs_the_tests_then_the_real_data_and_ends_with_the_closing_line(tmp_path, data, fails):
     (tmp_path / "bin").mkdir()
     (tmp_path / "checkout/.ci").mkdir(parents=True)
@@ -99,10 +99,17 @@ def test_ci_runs_the_tests_then_the_real_data_and_ends_with_the_closing_line(tmp
     fake = tmp_path / "bin/make"
     said = 'echo "$PWD: $* data=$HELPERS_DATA"; [ "$1" = book ] || echo "= 7 passed in 1s ="'
     fake.write_text(f'#!/bin/sh\n{said}\n[ "$1" != "{fails}" ]\n')
-    fake.chmod(0o755)
+    (tmp_path / "bin/npm").write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/npm.log\n[ "npm" != "{fails}" ]\n')
+    (tmp_path / "bin/chromium").touch()
+    for tool in (tmp_path / "bin").iterdir():
+        tool.chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HELPERS_DATA": ""}
     done = subprocess.run([tmp_path / "checkout/.ci/run"], env=environment, capture_output=True, text=True)
     lines = done.stdout.splitlines()
+    assert (tmp_path / "npm.log").read_text().startswith("ci --prefix tests/book")
+    if fails == "npm":
+        assert not lines and done.returncode
+        return
     assert lines[:2] == [f"{tmp_path}/checkout: test data=", "= 7 passed in 1s ="]
     assert lines[-1] == lines[1] or fails == "book"
     quick = f"{tmp_path}/checkout: book PROFILE=quick data={tmp_path}/shared/data"
