@@ -1,6 +1,41 @@
-// What the theme's pages lack for people who do not look or point: names of controls that agree with their visible words.
 document.addEventListener("DOMContentLoaded", () => {
+  // Names of controls agree with their visible words, or they cannot be operated by voice.
   const misnamed = "summary[aria-label], button.search-button__button, button.theme-switch-button";
   document.querySelectorAll(misnamed).forEach((control) => control.removeAttribute("aria-label"));
   document.querySelectorAll(".citation-list").forEach((list) => list.removeAttribute("role")); // it holds no list items
+  document.querySelectorAll("table.ledger").forEach(makeLedger);
 });
+
+// The ledger can be searched, filtered and sorted; without this script it is a plain table.
+function makeLedger(table) {
+  const tools = document.querySelector("form.ledger-tools");
+  const body = table.tBodies[0];
+  const rows = [...body.rows];
+  const show = () => {
+    const { words, paper, verdict } = Object.fromEntries(new FormData(tools));
+    const wanted = words.toLowerCase().split(/\s+/);
+    rows.forEach((row) => {
+      const text = row.textContent.toLowerCase();
+      row.hidden = !(wanted.every((word) => text.includes(word)) && row.dataset.paper.startsWith(paper) &&
+        (!verdict || row.dataset.verdict === verdict));
+    });
+    tools.querySelector("output").textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} rows`;
+  };
+  tools.addEventListener("input", show);
+  tools.addEventListener("submit", (event) => event.preventDefault());
+  tools.hidden = false;
+  show();
+  table.querySelectorAll("th").forEach((head, column) => {
+    const button = document.createElement("button");
+    button.textContent = head.textContent;
+    head.replaceChildren(button);
+    button.onclick = () => {
+      const sign = head.ariaSort === "ascending" ? -1 : 1;
+      table.querySelectorAll("th").forEach((other) => (other.ariaSort = null));
+      head.ariaSort = sign > 0 ? "ascending" : "descending";
+      const value = (row) => row.cells[column].textContent;
+      rows.sort((a, b) => sign * value(a).localeCompare(value(b), "en", { numeric: true }));
+      body.append(...rows);
+    };
+  });
+}

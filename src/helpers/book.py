@@ -27,6 +27,7 @@ import nbformat
 import pandas as pd
 import psutil
 import yaml
+from docutils.nodes import make_id
 
 from helpers.files import atomic
 from helpers.profiles import PROFILES
@@ -189,14 +190,24 @@ def _with_figures(page, folder, chapter):
     return page
 
 
+def _kept(book):
+    """The committed records by chapter."""
+    return {record.chapter: record for record in map(Record.load, sorted(book.root.glob("book/results/*/paper.json")))}
+
+
 def ledger(book: Book) -> pd.DataFrame:
-    """Every claim of the papers, and what the committed paper-profile records found for it."""
+    """Every claim of the papers: what the committed paper-profile record found, the section that shows it, the run."""
     known, papers = claims(), yaml.safe_load((book.root / "book/claims.yml").read_text())["papers"]
-    records = map(Record.load, book.root.glob("book/results/*/paper.json"))
-    found = {outcome.id: outcome for record in records for outcome in record.claims}
+    chapters, kept = {name[:2]: name for name in book.chapters()}, _kept(book)
+    found = {outcome.id: outcome for record in kept.values() for outcome in record.claims}
     frame = compare(dict.fromkeys(known) | found)
     frame.insert(0, "Title", [f"{name[:2]} {papers[name[:2]]['short']}" for name in frame["Claim"]])
     frame.insert(2, "Where", [known[name].where for name in frame["Claim"]])
+    pages = {name: f"notebooks/{chapters[name[:2]]}.html" for name in known if name[:2] in chapters}
+    sections = {name: f"{page}#{make_id(known[name].section)}" for name, page in pages.items()}
+    frame["Section"] = [sections.get(name, "") for name in frame["Claim"]]
+    runs = {record.chapter[:2]: f"{record.created[:10]}, {record.provenance.commit[:10]}" for record in kept.values()}
+    frame["Run"] = [runs.get(name[:2], "") if name in found else "" for name in frame["Claim"]]
     return frame
 
 
@@ -227,7 +238,8 @@ def stage(book: Book) -> None:
     frame.to_json(stage / "book/downloads/ledger.json", orient="records", indent=1, force_ascii=False)
     shown = {chapter: _stage_chapter(book, chapter, stage, pages) for chapter in book.chapters()}
     stale = [name for name in shown if (copy := book.committed(name)[0]).exists() and not _graft(book, name, copy)]
-    data = {"ledger": frame.to_dict("records"), "counts": _at_a_glance(frame, stage), "shown": shown, "stale": stale}
+    data = {"ledger": frame.to_dict("records"), "counts": _at_a_glance(frame, stage), "shown": shown, "stale": stale,
+            "kept": _kept(book)}
     for name in ("ledger.md", "status.md"):
         (stage / "book" / name).write_text(pages.get_template(f"{name}.jinja").render(data, runs=status(book)))
 

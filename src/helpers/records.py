@@ -34,7 +34,10 @@ class _Strict(BaseModel, strict=True, extra="forbid", validate_assignment=True):
 
 
 class Claim(_Strict):
-    """A number or a statement of a paper that can be checked; `value` is a dictionary where it has several columns."""
+    """A number or a statement of a paper that can be checked; `value` is a dictionary where it has several columns.
+
+    `section`: the heading, in the paper's chapter, below which ours is shown.
+    """
 
     id: str
     where: str
@@ -42,6 +45,7 @@ class Claim(_Strict):
     kind: Literal["number", "order", "choice", "shown"]
     value: Finite | dict[str, Finite] | None
     tolerance: Finite = 0.0
+    section: str = "The paper and ours, side by side"
 
 
 class Measurement(_Strict):

@@ -150,6 +150,27 @@ def test_search_finds_gradient_masking(folder, visit):
     assert "primer" in page.locator("#search-results").inner_html() and not wrong
 
 
+def test_the_ledger_can_be_searched_filtered_and_sorted(folder, visit):
+    page, wrong = visit(folder / "book/ledger.html")
+    rows = page.locator("table.ledger tbody tr:visible")
+    everything = rows.count()
+    page.locator("select[name=paper]").select_option("02")
+    assert 0 < rows.count() < everything and all("02." in text for text in rows.locator("code").all_inner_texts())
+    page.locator("input[name=words]").fill("mixed-batch loss")
+    assert 0 < rows.count() < 6
+    assert page.locator(".ledger-tools output").inner_text() == f"{rows.count()} of {everything} rows"
+    page.locator("select[name=verdict]").select_option("not-testable")
+    page.locator("input[name=words]").fill("no such words")
+    assert rows.count() == 0
+    page.locator(".ledger-tools").evaluate("form => { form.reset(); form.dispatchEvent(new Event('input')); }")
+    assert rows.count() == everything
+    page.get_by_role("button", name="Verdict").click()
+    verdicts = page.locator("table.ledger tbody tr td:nth-child(4)").all_inner_texts()
+    assert verdicts == sorted(verdicts) and not wrong
+    page.get_by_role("button", name="Verdict").click()
+    assert page.locator("table.ledger tbody tr td:nth-child(4)").all_inner_texts()[0] == verdicts[-1]
+
+
 def test_figures_are_legible_on_a_dark_page(pages, visit):
     def check(path):
         page, _ = visit(path, mode="dark")

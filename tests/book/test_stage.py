@@ -133,6 +133,27 @@ def test_the_ledger_holds_every_claim_once_and_says_where_there_is_no_record(tin
     assert list(several["Paper"]) == ["1", "0.8612", "1", "1"]
 
 
+def test_every_number_of_the_ledger_is_in_a_committed_record_and_its_section_in_a_chapter(tmp_path):
+    book = Book(ROOT, tmp_path)
+    frame, known = ledger(book), claims()
+    assert set(frame["Claim"]) == set(known)
+    kept = {record.chapter[:2]: record for record in map(Record.load, ROOT.glob("book/results/*/paper.json"))}
+    assert kept
+    for row in frame.to_dict("records"):
+        record = kept.get(row["Claim"][:2])
+        if record is None:
+            assert (row["Ours"], row["Verdict"], row["Run"]) == ("–", "no record yet", "")
+            continue
+        (entry,) = (entry for entry in record.claims if entry.id == row["Claim"])
+        ours = entry.ours.values() if isinstance(entry.ours, dict) else [entry.ours]
+        assert row["Ours"] in [str(value or "–") for value in ours]
+        assert (row["Verdict"], row["Note"], row["Run"][:10]) == (entry.verdict, entry.note, record.created[:10])
+    for chapter in book.chapters():
+        text = [cell.source for cell in book.source(chapter).cells if cell.cell_type == "markdown"]
+        headings = {line.lstrip("# ") for source in text for line in source.splitlines() if line.startswith("#")}
+        assert {claim.section for claim in known.values() if claim.id[:2] == chapter[:2]} <= headings
+
+
 def test_the_generated_pages_and_downloads(tiny):
     book = tiny(RECORD)
     execute(book, book.chapters())
