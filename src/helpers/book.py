@@ -255,7 +255,8 @@ def _stage_chapter(book, chapter, stage, pages):
         record.comparison().to_csv(downloads / f"{chapter}.csv", index=False)
     known = [*(book.run(chapter, name)[1] for name in PROFILES), book.committed(chapter)[1]]
     times = {path.stem: Record.load(path).provenance.seconds for path in known if path.exists()}
-    card = pages.get_template("card.md.jinja").render(chapter=chapter, record=record, times=times)
+    title = page.cells[0].source.splitlines()[0].lstrip("# ")
+    card = pages.get_template("card.md.jinja").render(chapter=chapter, title=title, record=record, times=times)
     page.cells.insert(1, nbformat.v4.new_markdown_cell(card, id="card"))
     nbformat.write(_with_figures(page, stage / "notebooks", chapter), stage / f"notebooks/{chapter}.ipynb")
     return record

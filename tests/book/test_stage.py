@@ -85,6 +85,8 @@ def test_the_card_states_the_facts_of_the_record(tiny):
     assert f"Run on {record.created[:10]} in 67 min on {about.device} ({about.cpu_count} cores)" in card
     assert "`1 reproduced`" in card and re.search(r"Run times: smoke \d+ s, paper 67 min\.", card)
     assert "not-testable" not in card
+    assert "title     = {Tiny chapter}," in card
+    assert f"paper run of {record.created[:10]}, commit {about.commit[:10]}}}" in card
     downloads = book.output / "stage/book/downloads"
     assert Record.load(downloads / "02_tiny.json") == record
     assert list(pd.read_csv(downloads / "02_tiny.csv")["Claim"]) == ["02.sec4.test_accuracy"]
@@ -214,7 +216,7 @@ def test_the_contents_list_every_notebook_and_page():
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
     listed = {chapter["file"] for part in toc["parts"] for chapter in part["chapters"]} | {toc["root"]}
     pages = {f"book/{path.name.split('.')[0]}" for path in ROOT.glob("book/*.md*")} - {"book/card"}
-    assert listed == pages | {f"notebooks/{path.stem}" for path in ROOT.glob("notebooks/*.ipynb")}
+    assert listed == pages | {f"notebooks/{path.stem}" for path in ROOT.glob("notebooks/[0-9]*.ipynb")}
 
 
 def test_committed_copies_are_small_and_have_a_record_of_the_paper_profile():

@@ -1,12 +1,13 @@
 """Every chapter runs from nothing in profile smoke: embedded data, no network, and its record is complete."""
 
 import nbformat
+import papermill
 import pytest
 from conftest import ROOT
 
 from helpers.records import Record, claims
 
-CHAPTERS = sorted(path.stem for path in ROOT.glob("notebooks/*.ipynb"))
+CHAPTERS = sorted(path.stem for path in ROOT.glob("notebooks/[0-9]*.ipynb"))
 every_chapter = pytest.mark.parametrize("chapter", CHAPTERS)
 
 
@@ -44,3 +45,11 @@ def test_every_figure_says_what_it_shows(site, chapter):
 def test_it_takes_minutes_at_most(site, chapter):
     """90 s are the budget on two free cores; a busy machine gets more before the test fails."""
     assert nbformat.read(site.run(chapter)[0], 4).metadata.papermill.duration < 270
+
+
+def test_the_template_of_a_chapter_runs_and_is_not_in_the_book(site, tmp_path, monkeypatch):
+    monkeypatch.setenv("HELPERS_OUTPUT", str(tmp_path))
+    papermill.execute_notebook(ROOT / "notebooks/template.ipynb", tmp_path / "run.ipynb", {"PROFILE": "smoke"},
+                               kernel_name="python3", cwd=tmp_path, progress_bar=False)
+    assert Record.load(tmp_path / "results/00_template/smoke.json").profile == "smoke"
+    assert "template" not in site.chapters() and not [*(site.output / "html").rglob("template.html")]
