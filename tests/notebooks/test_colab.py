@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
-CHAPTER = min((ROOT / "notebooks").glob("*.ipynb"))  # the set-up cell is the same in all of them
+CHAPTERS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 REPOSITORY = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))["repository"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
@@ -102,10 +102,11 @@ def environment(tmp_path, colab, remote):
 
 
 @pytest.mark.slow
-def test_chapter_installs_the_helpers_and_runs_alone(tmp_path, colab, remote, environment):
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_chapter_installs_the_helpers_and_runs_alone(chapter, tmp_path, colab, remote, environment):
     work = tmp_path / "work"
     work.mkdir()
-    shutil.copy(CHAPTER, work)
+    shutil.copy(chapter, work)
     freeze = [colab, "-m", "pip", "freeze", "--all"]
     before = set(run(*freeze, env=environment).splitlines())
     installed = {canonicalize_name(line.split("==")[0]) for line in before}
@@ -113,7 +114,7 @@ def test_chapter_installs_the_helpers_and_runs_alone(tmp_path, colab, remote, en
     assert PROJECT["name"] not in "".join(before), "the helpers are there before the set-up cell ran"
 
     papermill = [sys.executable, "-m", "papermill", "--kernel", "python3", "--parameters", "PROFILE", "smoke"]
-    run(*papermill, CHAPTER.name, "executed.ipynb", cwd=work, env=environment)
+    run(*papermill, chapter.name, "executed.ipynb", cwd=work, env=environment)
 
     commit = run("git", "rev-parse", "HEAD", cwd=remote)
     after = set(run(*freeze, env=environment).splitlines())
@@ -121,5 +122,5 @@ def test_chapter_installs_the_helpers_and_runs_alone(tmp_path, colab, remote, en
     assert before <= after, "the set-up cell replaced packages"
     imported = run(colab, "-c", "import helpers; print(helpers.__file__)", cwd=work, env=environment)
     assert Path(imported).is_relative_to(colab.parents[1])
-    record = json.loads((work / "_build" / "results" / CHAPTER.stem / "smoke.json").read_text(encoding="utf-8"))
-    assert (record["chapter"], record["profile"]) == (CHAPTER.stem, "smoke")
+    record = json.loads((work / "_build" / "results" / chapter.stem / "smoke.json").read_text(encoding="utf-8"))
+    assert (record["chapter"], record["profile"]) == (chapter.stem, "smoke")
