@@ -154,16 +154,26 @@ def pgd(model, x, y, threat, *, steps=40, step_size=None, restarts=1, losses=("c
         check_images(start, "start", threat.bounds)
         if start.shape != x.shape:
             raise ValueError(f"start has shape {start.shape}; expected that of x, {x.shape}")
-    best, score = x.copy(), (-1 if targeted else 1) * _values(goal, model, x, y, batch_size)
+    best, score, every = x.copy(), np.full(len(x), -np.inf, "float32"), np.arange(len(x))
+
+    def compare_with_clean(at):
+        if at.size:
+            clean = (-1 if targeted else 1) * _values(goal, model, x[at], y[at], batch_size)
+            keep(x[at], clean, best, score, at)
+
+    if compact:  # what is beaten without an attack is not attacked
+        compare_with_clean(every)
     for restart in range(restarts):
         warm = start is not None and restart == 0
         first = threat.project(start, x).numpy() if warm else threat.random_start(x, (seed, restart))
-        active = np.flatnonzero(score <= 0) if compact else np.arange(len(x))
+        active = np.flatnonzero(score <= 0) if compact else every
         if not active.size:
             break
         found = _ascend(model, x[active], y[active], first[active], threat, losses[restart % len(losses)], targeted,
                         goal=goal, compact=compact, **sizes)  # fmt: skip
         keep(*found, best, score, active)
+    if not compact:
+        compare_with_clean(np.flatnonzero(score <= 0))
     return best
 
 
