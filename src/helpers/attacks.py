@@ -13,6 +13,7 @@ import scipy.optimize
 import tensorflow as tf
 
 from helpers.models import check_logits, inference, predict
+from helpers.profiles import known
 from helpers.threat import ThreatModel, check_images, check_labels, check_positive, project
 
 
@@ -210,7 +211,10 @@ def normalised(model, x, y, target, *, step_size=0.1, steps=1000, loss="cross-en
 
     Returns the images, and how many steps each took, (n,) int: `steps` + 1 where the goal was not reached.
     """
-    threat = ThreatModel("l2", np.sqrt(x[0].size) * (bounds[1] - bounds[0]), bounds)  # every valid image
+    if not callable(loss):
+        known("loss", loss, LOSSES)
+    every = np.sqrt(np.prod(np.shape(x)[1:])) * (bounds[1] - bounds[0])  # a ball that holds all valid images
+    threat = ThreatModel("l2", every, bounds)
     target = _checked(model, x, target, threat, step_size=step_size, steps=steps, batch_size=batch_size)
     if (same := np.flatnonzero(target == np.asarray(y))).size:
         raise ValueError(f"target equals y for the images {same[:5].tolist()}; expected another class than the true")

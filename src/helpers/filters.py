@@ -45,7 +45,7 @@ def median(x, size):
     value.set_shape(x.shape)
     chosen = tf.cast(window == value[..., None], x.dtype)
     passed = tf.reduce_sum(window * chosen, axis=-1) / tf.reduce_sum(chosen, axis=-1)
-    return value + passed - tf.stop_gradient(passed)
+    return value + (passed - tf.stop_gradient(passed))
 
 
 def jpeg(x, quality):

@@ -56,11 +56,11 @@ def deep_conv(input_shape=(28, 28, 1), classes=10, *, dropout=0.5, seed=0):
     return keras.Sequential([*stack, layers.Dense(classes)])
 
 
-def inception(input_shape=(64, 64, 3), classes=10, *, width=16, dropout=0.3, seed=0):
-    """A small network of Inception blocks, which paper 03 filters the images of: convolution, three blocks, logits.
+def inception(input_shape=(64, 64, 3), classes=10, *, width=16, blocks=(1, 2, 2), dropout=0.3, seed=0):
+    """A small network of Inception blocks, as paper 03 puts behind a filter: convolution, blocks, logits.
 
     Each block joins a 1x1 convolution, a 3x3, two 3x3 in a row and an average pooling (Szegedy et al. 2016), all with
-    batch normalisation; `width` is the number of 1x1 filters of the first. Sets Keras' random seed.
+    batch normalisation; `width` times its number in `blocks` are its 1x1 filters. Sets Keras' random seed.
     Returns a keras.Model from images (n, *input_shape) in [0, 1] to logits (n, classes).
     """
     keras.utils.set_random_seed(seed)
@@ -77,9 +77,11 @@ def inception(input_shape=(64, 64, 3), classes=10, *, width=16, dropout=0.3, see
 
     images = keras.Input(input_shape)
     x = layers.MaxPooling2D(3, 2, padding="same")(conv(images, 2 * width, 3, 2))
-    x = layers.MaxPooling2D(3, 2, padding="same")(block(x, width))
-    x = layers.GlobalAveragePooling2D()(block(block(x, 2 * width), 2 * width))
-    return keras.Model(images, layers.Dense(classes)(layers.Dropout(dropout)(x)))
+    x = layers.MaxPooling2D(3, 2, padding="same")(block(x, blocks[0] * width))
+    for factor in blocks[1:]:
+        x = block(x, factor * width)
+    x = layers.Dropout(dropout)(layers.GlobalAveragePooling2D()(x))
+    return keras.Model(images, layers.Dense(classes)(x))
 
 
 IMAGENET = {  # name: module and network of keras.applications, its options, side of its images, file of its weights

