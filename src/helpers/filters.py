@@ -113,7 +113,9 @@ def _checked(kind, value):
 def apply(x, kind, value, batch_size=100):
     """Filtered images like `x`, a float32 array (n, h, w, c) in [0, 1] of any length: it goes in batches."""
     check_images(x)
-    return np.clip(predict(Filter(kind, value), x, batch_size), 0, 1)
+    layer = Filter(kind, value)
+    layer.build(x.shape)  # here, so that a window that is too large is an error of its own, not one of a graph
+    return np.clip(predict(layer, x, batch_size), 0, 1)
 
 
 def defend(network, kind, value, gradient="exact"):
