@@ -13,6 +13,7 @@ import scipy.optimize
 import tensorflow as tf
 
 from helpers.models import check_logits, inference, predict
+from helpers.profiles import known
 from helpers.threat import ThreatModel, check_images, check_labels, check_positive, project
 
 
@@ -27,7 +28,12 @@ def cross_entropy(logits, y):
     return tf.nn.sparse_softmax_cross_entropy_with_logits(labels=y, logits=logits)
 
 
-LOSSES = {"cross-entropy": cross_entropy, "margin": margin}
+def minus_logit(logits, y):
+    """Minus the logit of `y`, (n,): to descend it is to raise the class, whatever the others do."""
+    return -tf.gather(logits, y, batch_dims=1)
+
+
+LOSSES = {"cross-entropy": cross_entropy, "margin": margin, "logit": minus_logit}
 
 
 def input_gradient(network, loss, x, y):
@@ -45,6 +51,7 @@ def _loop(model, shape, norm, bounds, loss, targeted, goal):
     images, labels, per_image = (tf.TensorSpec((None, *rest), kind) for rest, kind in (
         (shape, tf.float32), ((), tf.int64), ((), tf.float32)))  # fmt: skip
     number, count = tf.TensorSpec((), tf.float32), tf.TensorSpec((), tf.int32)
+    radius = tf.TensorSpec((None, 1, 1, 1), tf.float32)  # one for all images, or one for each
     sign = -1.0 if targeted else 1.0
 
     def network(x):
@@ -59,7 +66,7 @@ def _loop(model, shape, norm, bounds, loss, targeted, goal):
         won = score > best_score
         return tf.where(won[:, None, None, None], x_adv, best), tf.where(won, score, best_score)
 
-    @tf.function(input_signature=[images, images, labels, images, per_image, number, number, count])
+    @tf.function(input_signature=[images, images, labels, images, per_image, radius, number, count])
     def loop(x_adv, x, y, best, best_score, eps, step_size, steps):
         for _ in tf.range(steps):
             gradient, _, logits = gradient_of(x_adv, y)
@@ -93,12 +100,13 @@ def _checked(model, x, y, threat, **positive):
 def _ascend(model, x, y, start, threat, loss, targeted, *, steps, step_size, batch_size, goal=None, compact=False):
     """Run the loop over batches. Returns (images, scores): last iterates, or with a `goal` the best ones."""
     loop = _loop(model, x.shape[1:], threat.norm, threat.bounds, loss, targeted, goal)
+    eps = np.full((1, 1, 1, 1), threat.eps)
     current, best, score = start.copy(), start.copy(), np.full(len(x), -np.inf, "float32")
     active, chunk = np.arange(len(x)), 5 if compact else steps
     for done in range(0, steps, chunk):
         for i in range(0, len(active), batch_size):
             b = active[i : i + batch_size]
-            out = loop(current[b], x[b], y[b], best[b], score[b], threat.eps, step_size, min(chunk, steps - done))
+            out = loop(current[b], x[b], y[b], best[b], score[b], eps, step_size, min(chunk, steps - done))
             current[b], best[b], score[b] = (t.numpy() for t in out)
         if compact:  # images already beaten leave; the others fill whole batches again
             active = active[score[active] <= 0]
@@ -200,6 +208,61 @@ def square(model, x, y, eps, *, queries=500, batch_size=500, seed=0):
             signs = rng.choice([-1.0, 1.0], (len(b), 1, 1, c))
             trial = np.where(inside, np.clip(x[b] + eps * signs, 0, 1), best[b]).astype("float32")
             keep(trial, _values(margin, model, trial, y[b], batch_size), best, score, b)
+    return best
+
+
+def normalised(model, x, y, target, *, step_size=0.1, steps=1000, loss="cross-entropy", goal=margin,
+               bounds=(0.0, 1.0), batch_size=100):  # fmt: skip
+    """Targeted descent in steps of one L2 length, until the network says `target` (paper 03, Section 2.1).
+
+    The change is not limited, only clipped to valid pixels. `y` are the true labels, which no target may equal; `loss`
+    is one of `LOSSES` or a function to descend: the paper's text has the cross-entropy, its code the class score.
+    `goal` (logits, target) -> (n,) is below 0 where an image is done, by default where the target is predicted.
+
+    Returns the images, and how many steps each took, (n,) int: `steps` + 1 where the goal was not reached.
+    """
+    if not callable(loss):
+        known("loss", loss, LOSSES)
+    every = np.sqrt(np.prod(np.shape(x)[1:])) * (bounds[1] - bounds[0])  # a ball that holds all valid images
+    threat = ThreatModel("l2", every, bounds)
+    target = _checked(model, x, target, threat, step_size=step_size, steps=steps, batch_size=batch_size)
+    if (same := np.flatnonzero(target == np.asarray(y))).size:
+        raise ValueError(f"target equals y for the images {same[:5].tolist()}; expected another class than the true")
+    loop, current = _loop(model, x.shape[1:], "l2", threat.bounds, loss, True, None), x.copy()
+    eps = np.full((1, 1, 1, 1), threat.eps)
+    taken = np.where(_values(goal, model, x, target, batch_size) < 0, 0, steps + 1)
+    for step in range(1, steps + 1):
+        active = np.flatnonzero(taken > steps)
+        for i in range(0, len(active), batch_size):
+            b = active[i : i + batch_size]
+            moved = loop(current[b], x[b], target[b], x[b], np.zeros(len(b)), eps, step_size, 1)[0]
+            current[b] = moved.numpy()
+            taken[b[_values(goal, model, current[b], target[b], batch_size) < 0]] = step
+    return current, taken
+
+
+def ddn(model, x, y, *, steps=100, radius=1.0, gamma=0.05, targeted=False, bounds=(0.0, 1.0), batch_size=100):
+    """Smallest L2 change found by decoupling direction and norm (DDN, Rony et al. 2019).
+
+    Every step follows the normalised gradient of the cross-entropy, its length falling along a cosine from `radius` to
+    a hundredth of it; then the change is cut to a radius of its own for each image, which shrinks by `gamma` where the
+    image is beaten and grows by `gamma` where it is not. The shortest change that wins is kept; images that are never
+    beaten come back unchanged.
+    """
+    threat = ThreatModel("l2", radius, bounds)
+    y = _checked(model, x, y, threat, steps=steps, radius=radius, gamma=gamma, batch_size=batch_size)
+    loop, sign = _loop(model, x.shape[1:], "l2", threat.bounds, "cross-entropy", targeted, None), -1 if targeted else 1
+    won = sign * _values(margin, model, x, y, batch_size) > 0
+    best, nearness, current = x.copy(), np.where(won, 0, -np.inf), x.copy()
+    reach = np.full(len(x), radius, "float32")
+    for step in range(steps):
+        size = radius * (0.01 + 0.495 * (1 + np.cos(np.pi * step / steps)))
+        for i in range(0, len(x), batch_size):
+            b = slice(i, i + batch_size)
+            current[b] = loop(current[b], x[b], y[b], x[b], np.zeros(len(x[b])), reach[b, None, None, None], size, 1)[0]
+        won, length = sign * _values(margin, model, current, y, batch_size) > 0, threat.distance(current, x)
+        keep(current, np.where(won, -length, -np.inf), best, nearness, np.arange(len(x)))
+        reach *= np.where(won, 1 - gamma, 1 + gamma).astype("float32")
     return best
 
 

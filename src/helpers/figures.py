@@ -17,7 +17,10 @@ BACKGROUND, INK, FAINT = "#fafaf7", "#1a1a1a", "#5f5f5f"
 DEFENCES = {"normal": INK, "fine-tuned": "#d55e00", "mixed-batch": "#0072b2", "PGD-trained": "#009e73"}
 ATTACKS = {"FGSM": "#c77b00", "BIM": "#2e8bd8", "PGD": "#7b2d00", "transfer": "#332288", "noise": "#8a8a8a"}
 REJECTION = {"DNN": INK, "NR": "#882255", "DNR": "#00868b"}
-COLOURS = DEFENCES | ATTACKS | REJECTION  # distinct within each group for colour-blind eyes; dashes and markers help
+FILTERS = {"no filter": INK, "gaussian": "#0072b2", "median": "#d55e00", "jpeg": "#009e73", "bits": "#882255"}
+KNOWLEDGE = {"informed": "#7b2d00", "unaware": "#2e8bd8", "one guess": "#c77b00"}
+# Distinct within each group for colour-blind eyes; dashes and markers help.
+COLOURS = DEFENCES | ATTACKS | REJECTION | FILTERS | KNOWLEDGE
 VERDICTS = {"reproduced": ("#7cc4e8", ""), "direction": ("#f2d98d", "//"),
             "not-reproduced": ("#ee9a6f", "xx"), "not-testable": ("#d9d9d9", "..")}  # fmt: skip
 

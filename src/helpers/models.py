@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import tensorflow as tf
 from keras import layers
 
 from helpers import files
+from helpers.profiles import known
 
 tf.get_logger().setLevel("ERROR")  # every network has graphs of its own, which TensorFlow reports as retracing
 
@@ -54,6 +56,70 @@ def deep_conv(input_shape=(28, 28, 1), classes=10, *, dropout=0.5, seed=0):
     return keras.Sequential([*stack, layers.Dense(classes)])
 
 
+def inception(input_shape=(64, 64, 3), classes=10, *, width=16, blocks=(1, 2, 2), dropout=0.3, seed=0):
+    """A small network of Inception blocks, as paper 03 puts behind a filter: convolution, blocks, logits.
+
+    Each block joins a 1x1 convolution, a 3x3, two 3x3 in a row and an average pooling (Szegedy et al. 2016), all with
+    batch normalisation; `width` times its number in `blocks` are its 1x1 filters. Sets Keras' random seed.
+    Returns a keras.Model from images (n, *input_shape) in [0, 1] to logits (n, classes).
+    """
+    keras.utils.set_random_seed(seed)
+
+    def conv(x, filters, size=1, stride=1):
+        x = layers.Conv2D(filters, size, stride, padding="same", use_bias=False)(x)
+        return layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
+
+    def block(x, width):
+        three = conv(conv(x, width), 3 * width // 2, 3)
+        five = conv(conv(conv(x, width // 2), width, 3), width, 3)
+        pooled = conv(layers.AveragePooling2D(3, 1, padding="same")(x), width // 2)
+        return layers.Concatenate()([conv(x, width), three, five, pooled])
+
+    images = keras.Input(input_shape)
+    x = layers.MaxPooling2D(3, 2, padding="same")(conv(images, 2 * width, 3, 2))
+    x = layers.MaxPooling2D(3, 2, padding="same")(block(x, blocks[0] * width))
+    for factor in blocks[1:]:
+        x = block(x, factor * width)
+    x = layers.Dropout(dropout)(layers.GlobalAveragePooling2D()(x))
+    return keras.Model(images, layers.Dense(classes)(x))
+
+
+IMAGENET = {  # name: module and network of keras.applications, its options, side of its images, file of its weights
+    "mobilenet_v2": ("mobilenet_v2", "MobileNetV2", {}, 224, "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224"),
+    "mobilenet_0.75": ("mobilenet", "MobileNet", {"alpha": 0.75}, 224, "mobilenet_7_5_224_tf"),
+    "mobilenet_0.25": ("mobilenet", "MobileNet", {"alpha": 0.25}, 224, "mobilenet_2_5_224_tf"),
+    "inception_v3": ("inception_v3", "InceptionV3", {}, 299, "inception_v3_weights_tf_dim_ordering_tf_kernels"),
+    "vgg16": ("vgg16", "VGG16", {}, 224, "vgg16_weights_tf_dim_ordering_tf_kernels"),
+    "resnet50": ("resnet50", "ResNet50", {}, 224, "resnet50_weights_tf_dim_ordering_tf_kernels"),
+}
+
+
+@lru_cache(maxsize=8)
+def imagenet(name, size=None, weights=True):
+    """A network of `IMAGENET`, trained on its 1000 classes, from images (n, size, size, 3) in [0, 1] to logits.
+
+    Its own preprocessing is its first part, its softmax is left out. The weights come from keras/models in the folder
+    that HELPERS_DATA names, or else from Keras' cache or download; `weights=False` leaves them random, for tests.
+    `size` is the side of the images, by default the network's own.
+    Raises ValueError for another name, OSError where there are no weights.
+    """
+    module, network, options, own, file = IMAGENET[known("name", name, IMAGENET)]
+    application = getattr(keras.applications, module)
+    images = keras.Input((size or own, size or own, 3))
+    options = options | {"classifier_activation": None}
+    build, path = getattr(application, network), Path(os.environ.get("HELPERS_DATA", ""), "keras/models", f"{file}.h5")
+    model = build(input_tensor=application.preprocess_input(255.0 * images), weights=None, **options)
+    if weights and path.exists():
+        model.load_weights(path)
+    elif weights:
+        try:
+            model.set_weights(build(weights="imagenet", **options).get_weights())
+        except Exception as error:  # Keras raises no kind of its own for a failed download
+            raise OSError(f"weights of {name!r}: HELPERS_DATA names no folder with keras/models/{path.name}, and the "
+                          f"download by Keras failed ({error}). Set it, or use the profile 'smoke'.") from error
+    return keras.Model(images, model.output)
+
+
 def as_float64(model):
     """A copy of the Keras network `model` that computes in float64, for checks by finite differences."""
     if not isinstance(model, keras.Model):
@@ -84,8 +150,12 @@ def predict(model, x, batch_size):
 def check_logits(model, x):
     """Logits (m, classes) of the first images of `x`.
 
-    Raises ValueError for outputs of another shape, and where every row is non-negative and sums to 1 (a softmax).
+    Raises ValueError for images of another size, outputs of another shape, and where every row is non-negative and sums
+    to 1 (a softmax).
     """
+    expected = model.input_shape[1:] if isinstance(model, keras.Model) else x.shape[1:]
+    if any(side not in (None, given) for side, given in zip(expected, x.shape[1:], strict=True)):
+        raise ValueError(f"x holds images {x.shape[1:]}; expected {expected}, the size that the network takes")
     logits = compiled(model)(tf.constant(x[:8])).numpy()
     if logits.ndim != 2:
         raise ValueError(f"model gives shape {logits.shape}; expected logits of shape (n, classes)")
@@ -96,7 +166,7 @@ def check_logits(model, x):
 
 def save(model, folder):
     """Keep `model` in `folder` as <SHA-256 of its layers' types and weights>.keras and return that file name."""
-    path = Path(folder) / f"{_digest(model)}.keras"
+    path = Path(folder) / f"{digest(model)}.keras"
     if not path.exists():
         with files.atomic(path) as temporary:
             model.save(temporary)
@@ -117,13 +187,15 @@ def load(path, seed=0):
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
     except Exception as error:
         raise ValueError(f"{path} is damaged ({error}); remove it, {again}") from error
-    if _digest(model) != path.stem:
+    if digest(model) != path.stem:
         raise ValueError(f"{path} is damaged: its weights are not those of its name")
     return model
 
 
-def _digest(model):
-    content = hashlib.sha256(" ".join(type(layer).__name__ for layer in model.layers).encode())
+def digest(model):
+    """SHA-256 of the layers' types and the weights, by which a network is known."""
+    labels = (getattr(layer, "label", type(layer).__name__) for layer in model.layers)  # a filter has no weights
+    content = hashlib.sha256(" ".join(labels).encode())
     for weights in model.get_weights():
         content.update(weights.tobytes())
     return content.hexdigest()

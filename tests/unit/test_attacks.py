@@ -595,3 +595,116 @@ def test_the_other_attacks_name_their_bad_options():
         attacks.lbfgs(NET, X, Y, searches=0)
     with pytest.raises(ValueError, match="norm is 'l1'"):
         attacks.pgd(NET, X, Y, ThreatModel("l1", 0.1))
+
+
+# ── Normalised steps towards a target (paper 03) ──
+
+
+def test_normalised_takes_as_many_steps_as_a_linear_model_needs():
+    """Two classes: every step of length s gains s |w| of the margin; the first iterate beyond zero is reported."""
+    near = linear(bias=-float(np.median(X.reshape(N, -1) @ W)))  # the border runs through the images: no bound is met
+    y = near(X).numpy().argmax(axis=1)
+    x_adv, taken = attacks.normalised(near, X, y, 1 - y, step_size=0.02)
+    needed = np.ceil(-margins(near, X, y) / (0.02 * np.linalg.norm(W))).astype(int)
+    np.testing.assert_array_equal(taken, needed)
+    np.testing.assert_allclose(ThreatModel("l2", 1).distance(x_adv, X), 0.02 * needed, rtol=1e-4)
+    assert len(set(needed)) > 1 and correct(near, x_adv, 1 - y).all()
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", "logit", "margin"])
+@pytest.mark.parametrize("batch_size", [5, 100])
+def test_normalised_reaches_its_target_within_the_bounds(loss, batch_size):
+    y = logits(NET, X).argmax(axis=1)
+    target = (y + 1) % 3
+    x_adv, taken = attacks.normalised(NET, X, y, target, loss=loss, step_size=0.05, steps=200, batch_size=batch_size)
+    np.testing.assert_array_equal(correct(NET, x_adv, target), taken <= 200)
+    assert (taken <= 200).mean() > 0.8 and (taken > 0).all() and x_adv.min() >= 0 and x_adv.max() <= 1
+    assert (ThreatModel("l2", 1).distance(x_adv, X) <= 0.05 * np.minimum(taken, 200) + 1e-5).all()
+
+
+def test_normalised_says_where_it_failed_and_leaves_alone_what_is_done():
+    far = linear(bias=-90.0)
+    _, taken = attacks.normalised(far, X, np.zeros(N, int), np.ones(N, int), steps=3)
+    np.testing.assert_array_equal(taken, 4)
+    x_adv, taken = attacks.normalised(far, X, np.ones(N, int), np.zeros(N, int))
+    np.testing.assert_array_equal(x_adv, X)
+    assert not taken.any()
+
+
+def test_normalised_goes_on_to_a_goal_of_ones_own():
+    def sure(logits, target):
+        return 0.9 - tf.gather(tf.nn.softmax(logits), target, batch_dims=1)
+
+    y = logits(three_classes, X).argmax(axis=1)
+    target = (y + 1) % 3
+    options = {"step_size": 0.05, "steps": 300}
+    at_border, few = attacks.normalised(three_classes, X, y, target, **options)
+    x_adv, many = attacks.normalised(three_classes, X, y, target, goal=sure, **options)
+    done = many <= 300
+    assert done.any() and (many >= few).all() and (many > few).any()
+    assert (tf.nn.softmax(logits(three_classes, x_adv)).numpy()[np.arange(N), target][done] >= 0.9).all()
+    onwards, more = attacks.normalised(three_classes, at_border, y, target, goal=sure, **options)
+    np.testing.assert_array_equal((few + more)[done], many[done])  # to go on is the same path
+    np.testing.assert_allclose(onwards[done], x_adv[done], atol=1e-5)
+
+
+def test_probability_and_cross_entropy_have_one_direction():
+    def minus_probability(logits, y):
+        return -tf.gather(tf.nn.softmax(logits), y, batch_dims=1)
+
+    x, y = tf.constant(X), tf.constant(Y)
+    ways = [attacks.input_gradient(three_classes, loss, x, y)[0] for loss in (
+        attacks.cross_entropy, minus_probability, attacks.minus_logit)]
+    text, code, logit = (attacks._direction(way, "l2") for way in ways)
+    np.testing.assert_allclose(text, code, atol=1e-5)
+    assert np.abs(text - logit).max() > 0.01
+
+
+def test_the_true_class_is_no_target():
+    target = (Y + 1) % 3
+    target[[2, 5]] = Y[[2, 5]]
+    with pytest.raises(ValueError, match=r"target equals y for the images \[2, 5\]"):
+        attacks.normalised(NET, X, Y, target)
+    with pytest.raises(ValueError, match="step_size is 0"):
+        attacks.normalised(NET, X, Y, (Y + 1) % 3, step_size=0)
+    with pytest.raises(ValueError, match="did you mean 'logit'"):
+        attacks.normalised(NET, X, Y, (Y + 1) % 3, loss="logits")
+
+
+# ── Smallest changes ──
+
+
+def test_ddn_finds_the_smallest_change_of_a_linear_model():
+    y = LINEAR(X).numpy().argmax(axis=1)
+    exact = np.abs(margins(LINEAR, X, y)) / np.linalg.norm(W)
+    x_adv = attacks.ddn(LINEAR, X, y, steps=200)
+    length = ThreatModel("l2", 1).distance(x_adv, X)
+    assert not correct(LINEAR, x_adv, y).any()
+    assert (length >= exact - 1e-5).all() and (length <= 1.05 * exact + 1e-3).all()
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_ddn_beats_what_pgd_beats_and_no_less(targeted):
+    y = logits(NET, X).argmax(axis=1)
+    y = (y + 1) % 3 if targeted else y
+    x_adv = attacks.ddn(NET, X, y, steps=150, targeted=targeted, batch_size=5)
+    length = ThreatModel("l2", 1).distance(x_adv, X)
+    assert (correct(NET, x_adv, y) == targeted).all() and x_adv.min() >= 0 and x_adv.max() <= 1
+    for eps in np.quantile(length, [0.25, 0.75]):
+        strong = attacks.pgd(NET, X, y, ThreatModel("l2", eps), steps=100, restarts=3, targeted=targeted)
+        beaten = correct(NET, strong, y) == targeted
+        assert abs((length <= eps).mean() - beaten.mean()) <= 2 / N
+
+
+def test_ddn_leaves_alone_what_is_wrong_already_and_what_it_cannot_beat():
+    y = logits(NET, X).argmax(axis=1)
+    np.testing.assert_array_equal(attacks.ddn(NET, X, (y + 1) % 3, steps=10), X)
+    np.testing.assert_array_equal(attacks.ddn(linear(bias=-90.0), X, np.zeros(N, int), steps=10), X)
+
+
+def test_more_steps_of_ddn_are_not_worse_and_batches_do_not_matter():
+    y = logits(NET, X).argmax(axis=1)
+    few, many = (ThreatModel("l2", 1).distance(attacks.ddn(NET, X, y, steps=n), X).mean() for n in (25, 200))
+    assert 0 < many <= few + 1e-4
+    small = attacks.ddn(NET, X, y, steps=20, batch_size=5)
+    np.testing.assert_allclose(small, attacks.ddn(NET, X, y, steps=20), atol=1e-4)

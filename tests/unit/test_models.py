@@ -13,6 +13,7 @@ NETWORKS = {
     "strided": lambda **options: models.two_conv((6, 6, 1), 3, **options),
     "pooled": lambda **options: models.two_conv((6, 6, 1), 3, strided=False, batch_norm=False, **options),
     "deep": lambda **options: models.deep_conv((6, 6, 1), 3, **options),
+    "inception": lambda **options: models.inception((6, 6, 1), 3, width=4, **options),
 }
 networks = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
 
@@ -147,3 +148,48 @@ def test_damaged_missing_and_swapped_files_are_named(tmp_path):
     first.write_bytes(first.read_bytes()[:1000])
     with pytest.raises(ValueError, match=f"{first.name} is damaged"):
         models.load(first)
+
+
+# ── Inception blocks, and networks of ImageNet ──
+
+
+def test_inception_has_three_blocks_and_stays_small():
+    model = models.inception((64, 64, 3), 10)
+    assert kinds(model).count("Concatenate") == 3 and kinds(model).count("AveragePooling2D") == 3
+    assert model.output_shape == (None, 10) and 50_000 < model.count_params() < 200_000
+    assert models.inception((16, 16, 1), 3, width=4).count_params() < 10_000
+
+
+@pytest.mark.parametrize(("name", "module", "side"), [
+    ("mobilenet_0.25", "mobilenet", 32), ("mobilenet_v2", "mobilenet_v2", 32), ("resnet50", "resnet50", 32),
+    ("inception_v3", "inception_v3", 75), ("vgg16", "vgg16", 32)])  # fmt: skip
+def test_a_network_of_imagenet_brings_its_own_preprocessing(name, module, side):
+    """Pixels in [0, 1] give what keras gives for 0 ... 255 and its own preprocessing, without the softmax."""
+    model = models.imagenet(name, side, weights=False)
+    x = np.random.default_rng(0).uniform(0, 1, (2, side, side, 3)).astype("float32")
+    assert model.output_shape == (None, 1000) and model.layers[-1].name.startswith("predictions")
+    _, network, options, _, _ = models.IMAGENET[name]
+    application = getattr(keras.applications, module)
+    options = options | {"input_shape": (side, side, 3), "weights": None, "classifier_activation": None}
+    bare = getattr(application, network)(**options)
+    bare.set_weights(model.get_weights())
+    expected = bare(application.preprocess_input(255.0 * x.copy()), training=False)
+    np.testing.assert_allclose(models.inference(model)(x), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_network_of_imagenet_that_is_not_there(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="name: unknown 'mobilenet_v3', did you mean 'mobilenet_v2'"):
+        models.imagenet("mobilenet_v3")
+
+    def no_network(*arguments, **options):
+        raise Exception("URL fetch failure")
+
+    monkeypatch.setenv("HELPERS_DATA", str(tmp_path))
+    monkeypatch.setattr("keras.src.utils.file_utils.get_file", no_network)
+    with pytest.raises(OSError, match="HELPERS_DATA names no folder with keras/models/mobilenet_2_5.*fetch failure"):
+        models.imagenet.__wrapped__("mobilenet_0.25", 32)
+
+
+def test_images_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r"x holds images \(6, 6, 1\); expected \(8, 8, 1\)"):
+        models.check_logits(models.two_conv((8, 8, 1), 3), X)

@@ -1,0 +1,209 @@
+"""The filters: equal to SciPy's and scikit-image's, gradients that are right or pretend to be, arguments checked."""
+
+import io
+
+import hypothesis.extra.numpy as arrays
+import hypothesis.strategies as st
+import keras
+import numpy as np
+import pytest
+import scipy.ndimage
+import skimage.filters
+import tensorflow as tf
+from hypothesis import given, settings
+from PIL import Image
+
+from helpers import evaluation, filters, models
+from helpers.filters import Filter
+
+rng = np.random.default_rng(0)
+X = rng.uniform(0, 1, (4, 13, 17, 3)).astype("float32")  # not square: rows and columns must not be mixed up
+KINDS = {"gaussian": 1.5, "median": 3, "jpeg": 50, "bits": 3}
+every_kind = pytest.mark.parametrize(("kind", "value"), KINDS.items(), ids=KINDS)
+quickly = settings(max_examples=10, deadline=None, derandomize=True)
+
+
+def images(side=9):
+    shapes = st.tuples(st.integers(1, 3), st.just(side), st.just(side), st.sampled_from([1, 3]))
+    return arrays.arrays("float32", shapes, elements=st.floats(0, 1, width=32))
+
+
+# ── Equal to the libraries at the same boundary mode ──
+
+
+@pytest.mark.parametrize("sigma", [0, 0.3, 0.5, 1, 1.5, 2, 3])
+def test_gaussian_equals_scipy(sigma):
+    expected = scipy.ndimage.gaussian_filter(X, (0, sigma, sigma, 0), mode="reflect") if sigma else X
+    np.testing.assert_allclose(filters.apply(X, "gaussian", sigma), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 7])
+def test_median_equals_scikit_image(size):
+    found = filters.apply(X, "median", size)
+    for image, result in zip(X, found, strict=True):
+        for channel in range(3):
+            expected = skimage.filters.median(image[..., channel], np.ones((size, size)), mode="reflect")
+            np.testing.assert_array_equal(result[..., channel], expected)
+
+
+def test_jpeg_is_near_that_of_another_library_and_loses_more_at_lower_quality():
+    smooth = scipy.ndimage.gaussian_filter(X, (0, 4, 4, 0))
+    for image, found in zip(smooth, filters.apply(smooth, "jpeg", 50), strict=True):
+        file = io.BytesIO()
+        Image.fromarray(np.uint8(255 * image + 0.5)).save(file, "jpeg", quality=50)
+        assert np.abs(found - np.asarray(Image.open(file)) / 255).mean() < 0.01
+    losses = [np.abs(filters.apply(smooth, "jpeg", quality) - smooth).mean() for quality in (100, 50, 5)]
+    assert losses[0] < 0.01 and losses[0] < losses[1] < losses[2]
+
+
+@pytest.mark.parametrize("depth", [1, 3, 8])
+def test_bits_leave_so_many_grey_levels(depth):
+    found = filters.apply(X, "bits", depth)
+    assert len(np.unique(found)) <= 2**depth
+    assert np.abs(found - X).max() <= 0.5 / (2**depth - 1) + 1e-6
+    np.testing.assert_allclose(filters.apply(found, "bits", depth), found, atol=1e-6)
+
+
+@every_kind
+def test_large_input_goes_in_batches(kind, value):
+    many = np.concatenate([X] * 4)
+    np.testing.assert_array_equal(filters.apply(many, kind, value, batch_size=3), filters.apply(many, kind, value))
+
+
+# ── Properties ──
+
+
+@quickly
+@given(images(), st.sampled_from(sorted(KINDS.items())))
+def test_a_filter_keeps_shape_range_and_its_input(x, filter):
+    before = x.copy()
+    found = filters.apply(x, *filter)
+    assert found.shape == x.shape and found.dtype == np.float32 and found.min() >= 0 and found.max() <= 1
+    np.testing.assert_array_equal(x, before)
+
+
+@quickly
+@given(images(), st.floats(0.3, 2))
+def test_gaussian_is_a_contraction_that_keeps_the_mean(x, sigma):
+    found = filters.apply(x, "gaussian", sigma)
+    np.testing.assert_allclose(found.mean(axis=(1, 2)), x.mean(axis=(1, 2)), atol=1e-5)  # mirrored: nothing is lost
+    assert np.linalg.norm(found) <= np.linalg.norm(x) * (1 + 1e-5)
+
+
+@quickly
+@given(images(), st.sampled_from([3, 5]), st.booleans())
+def test_median_commutes_with_order_and_mirroring(x, size, mirrored):
+    """The median of monotone images of the pixels is the image of the median; so is that of the mirrored picture."""
+    found = filters.apply(x, "median", size)
+    np.testing.assert_allclose(filters.apply(x**2, "median", size), found**2, atol=1e-6)
+    np.testing.assert_array_equal(filters.apply(x[:, :, ::-1].copy(), "median", size), found[:, :, ::-1])
+
+
+def test_a_flat_image_passes_unchanged():
+    flat = np.full((1, 12, 12, 3), 0.4, "float32")
+    for kind, value in (("gaussian", 2.0), ("median", 5)):
+        np.testing.assert_allclose(filters.apply(flat, kind, value), flat, atol=1e-6)
+
+
+# ── Gradients ──
+
+
+def gradient(layer, x, weight):
+    x = tf.constant(x)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        value = tf.reduce_sum(layer(x) * weight)
+    return tape.gradient(value, x, unconnected_gradients="zero").numpy()
+
+
+@pytest.mark.parametrize(("kind", "value"), [("gaussian", 1.0), ("median", 3), ("median", 5)])
+def test_the_exact_gradient_agrees_with_finite_differences(kind, value):
+    x, weight = rng.uniform(0, 1, (1, 8, 9, 2)), rng.standard_normal((1, 8, 9, 2))
+    layer = Filter(kind, value, dtype="float64")
+    exact = gradient(layer, x, weight)
+    for at in [(0, 0, 0, 0), (0, 7, 8, 1), (0, 3, 4, 0), (0, 5, 1, 1), (0, 2, 2, 0)]:
+        ahead, behind = x.copy(), x.copy()
+        ahead[at] += 1e-7
+        behind[at] -= 1e-7
+        slope = (tf.reduce_sum(layer(tf.constant(ahead)) * weight) - tf.reduce_sum(layer(tf.constant(behind)) * weight))
+        np.testing.assert_allclose(slope / 2e-7, exact[at], atol=1e-5)
+
+
+def test_the_median_shares_its_gradient_among_ties():
+    flat = np.full((1, 6, 6, 1), 0.5)
+    found = gradient(Filter("median", 3, dtype="float64"), flat, np.ones_like(flat))
+    assert found.sum() == pytest.approx(36) and (found > 0).all()
+
+
+@every_kind
+def test_bpda_pretends_that_the_filter_is_the_identity(kind, value):
+    weight = rng.standard_normal(X.shape).astype("float32")
+    exact, pretended = Filter(kind, value), Filter(kind, value, gradient="identity")
+    np.testing.assert_allclose(pretended(X), exact(X), atol=1e-6)
+    np.testing.assert_allclose(gradient(pretended, X, weight), weight, atol=1e-6)
+    if kind in ("jpeg", "bits"):
+        assert not gradient(exact, X, weight).any()
+    else:
+        assert np.abs(gradient(exact, X, weight) - weight).max() > 0.1
+
+
+# ── In front of a network ──
+
+
+@every_kind
+def test_a_defended_network_sees_the_filtered_image(kind, value):
+    net = models.inception(X.shape[1:], 3, width=2)
+    for how in ("exact", "identity"):
+        defended = filters.defend(net, kind, value, how)
+        np.testing.assert_allclose(
+            evaluation.logits(defended, X), evaluation.logits(net, filters.apply(X, kind, value)), atol=1e-4)
+
+
+@every_kind
+def test_a_defended_network_can_be_saved(kind, value, tmp_path):
+    net = models.inception(X.shape[1:], 3, width=2)
+    defended = filters.defend(net, kind, value)
+    name = models.save(defended, tmp_path)
+    np.testing.assert_allclose(models.load(tmp_path / name)(X), defended(X), atol=1e-5)
+    assert models.save(filters.defend(net, "gaussian", 0.7), tmp_path) != name  # same weights, another network
+
+
+def test_the_filter_has_no_weights_and_a_float64_copy():
+    defended = filters.defend(models.inception(X.shape[1:], 3, width=2), "gaussian", 1.5)
+    assert not defended.layers[0].weights
+    assert evaluation.gradient_error(defended, X, np.zeros(len(X), int)) < 1e-4
+    assert keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(Filter("median", 3))).value == 3
+
+
+# ── Bad input ──
+
+
+@pytest.mark.parametrize(("kind", "value", "message"), [
+    ("median", 4, "value is 4.*odd"), ("median", 0, "odd"), ("median", 2.5, "odd"),
+    ("gaussian", -1, "value is -1.*>= 0"), ("gaussian", np.nan, "finite"), ("gaussian", np.inf, "finite"),
+    ("jpeg", 0, "1 to 100"), ("jpeg", 101, "1 to 100"),
+    ("bits", 9, "1 to 8"), ("bits", 2.5, "1 to 8"), ("gausian", 1, "did you mean 'gaussian'"),
+])  # fmt: skip
+def test_values_that_make_no_filter_are_refused(kind, value, message):
+    with pytest.raises(ValueError, match=message):
+        Filter(kind, value)
+
+
+@pytest.mark.parametrize(("kind", "value"), [("median", 15), ("gaussian", 3.5)])
+def test_a_window_larger_than_the_image_is_refused(kind, value):
+    with pytest.raises(ValueError, match="^value: .* at most the size of the image, 13 x 17"):
+        filters.apply(X, kind, value)
+
+
+def test_another_gradient_is_refused():
+    with pytest.raises(ValueError, match="gradient: unknown 'exakt', did you mean 'exact'"):
+        Filter("median", 3, "exakt")
+
+
+@pytest.mark.parametrize(("x", "error", "message"), [
+    (255 * X, ValueError, "expected pixels in"), (X.astype("float64"), TypeError, "expected a float32"),
+    (X[0], TypeError, "shape"), (X[:0], ValueError, "empty"),
+])  # fmt: skip
+def test_images_are_checked(x, error, message):
+    with pytest.raises(error, match=message):
+        filters.apply(x, "gaussian", 1.0)
