@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import tensorflow as tf
 from keras import layers
 
 from helpers import files
+from helpers.profiles import known
 
 tf.get_logger().setLevel("ERROR")  # every network has graphs of its own, which TensorFlow reports as retracing
 
@@ -52,6 +54,53 @@ def deep_conv(input_shape=(28, 28, 1), classes=10, *, dropout=0.5, seed=0):
     for _ in range(2):
         stack += [layers.Dense(200, activation="relu"), layers.Dropout(dropout)]
     return keras.Sequential([*stack, layers.Dense(classes)])
+
+# Each network of keras.applications, its options, and the (scale, offset) that takes pixels in [0, 1] to its own input.
+_TORCH = ([1 / 0.229, 1 / 0.224, 1 / 0.225], [-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225])
+APPLICATIONS = {
+    "ResNet50": ("ResNet50", {}, (255.0, [-103.939, -116.779, -123.68])),  # blue first, as its weights were trained
+    "MobileNetV2": ("MobileNetV2", {}, (2.0, -1.0)),
+    "DenseNet169": ("DenseNet169", {}, _TORCH),
+    "MobileNet 0.75": ("MobileNet", {"alpha": 0.75}, (2.0, -1.0)),
+}
+
+
+def imagenet_weights(name):
+    """What `application` takes as the ImageNet weights of `name`: the mirror's file if it is there, else "imagenet".
+
+    The mirror is the folder `keras/models` in the one that the environment variable HELPERS_DATA names.
+    """
+    mirrored = {"MobileNet 0.75": "mobilenet_7_5_224_tf.h5"}.get(known("name", name, APPLICATIONS), "")
+    path = Path(os.environ.get("HELPERS_DATA", ""), "keras/models", mirrored)
+    return str(path) if path.is_file() else "imagenet"
+
+
+def application(name, input_shape, classes, *, weights=None, momentum=0.9, seed=0):
+    """A network of keras.applications, one of `APPLICATIONS`, with its own preprocessing inside and logits at the end.
+
+    Paper 05, Section III.D. input_shape : (height, width, 1 or 3), 32 pixels a side at least; grey images are repeated
+    to three channels. weights : None for random ones (sets Keras' random seed), "imagenet" for those that Keras loads,
+    or a file of Keras with them (and the top layer, which is left out). momentum : of every batch normalisation.
+    Returns a keras.Model from images (n, *input_shape) in [0, 1] to logits (n, classes).
+    """
+    builder, options, (scale, offset) = APPLICATIONS[known("name", name, APPLICATIONS)]
+    height, width, channels = input_shape
+    if channels not in (1, 3) or min(height, width) < 32:
+        raise ValueError(f"input_shape is {input_shape}; expected at least 32 x 32 pixels and 1 or 3 channels")
+    keras.utils.set_random_seed(seed)
+    image = layers.Input(input_shape)
+    rgb = image if channels == 3 else layers.Concatenate()([image] * 3)
+    rgb = keras.ops.flip(rgb, axis=-1) if name == "ResNet50" else rgb
+    base = getattr(keras.applications, builder)(
+        include_top=False, pooling="avg", input_tensor=layers.Rescaling(scale, offset)(rgb),
+        weights="imagenet" if weights == "imagenet" else None, **options)
+    if weights not in (None, "imagenet"):
+        base.load_weights(weights, by_name=True)
+    for layer in base.layers:  # Keras' momentum of 0.99 needs more steps than a few thousand images give
+        if isinstance(layer, layers.BatchNormalization):
+            layer.momentum = momentum
+    return keras.Model(image, layers.Dense(classes)(base.output))
+
 
 
 def as_float64(model):
