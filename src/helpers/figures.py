@@ -17,7 +17,9 @@ BACKGROUND, INK, FAINT = "#fafaf7", "#1a1a1a", "#5f5f5f"
 DEFENCES = {"normal": INK, "fine-tuned": "#d55e00", "mixed-batch": "#0072b2", "PGD-trained": "#009e73"}
 ATTACKS = {"FGSM": "#c77b00", "BIM": "#2e8bd8", "PGD": "#7b2d00", "transfer": "#332288", "noise": "#8a8a8a"}
 REJECTION = {"DNN": INK, "NR": "#882255", "DNR": "#00868b"}
-COLOURS = DEFENCES | ATTACKS | REJECTION  # distinct within each group for colour-blind eyes; dashes and markers help
+PURIFICATION = {"bare": INK, "purified": "#0072b2", "adversarial training": "#009e73", "denoising": "#c77b00",
+                "total variation": "#882255"}
+COLOURS = DEFENCES | ATTACKS | REJECTION | PURIFICATION  # distinct within each group for colour-blind eyes; dashes and markers help
 VERDICTS = {"reproduced": ("#7cc4e8", ""), "direction": ("#f2d98d", "//"),
             "not-reproduced": ("#ee9a6f", "xx"), "not-testable": ("#d9d9d9", "..")}  # fmt: skip
 

@@ -147,3 +147,76 @@ def test_damaged_missing_and_swapped_files_are_named(tmp_path):
     first.write_bytes(first.read_bytes()[:1000])
     with pytest.raises(ValueError, match=f"{first.name} is damaged"):
         models.load(first)
+
+
+# ── Networks of keras.applications ──
+
+
+def applied(name="MobileNetV2", shape=(32, 32, 1), **options):
+    return models.application(name, shape, 3, **options)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_application_takes_pixels_in_0_1_and_ends_in_logits(channels):
+    model, x = applied(shape=(32, 32, channels)), np.full((2, 32, 32, channels), 0.5, "float32")
+    assert model(x).shape == (2, 3)
+    assert isinstance(model.layers[-1], layers.Dense) and model.layers[-1].activation is keras.activations.linear
+    norms = [layer for layer in model.layers if isinstance(layer, layers.BatchNormalization)]
+    assert len(norms) > 10 and {norm.momentum for norm in norms} == {0.9}
+
+
+@pytest.mark.parametrize("name, module", [("ResNet50", "resnet"), ("MobileNetV2", "mobilenet_v2"),
+                                          ("DenseNet169", "densenet"), ("MobileNet 0.75", "mobilenet")])  # fmt: skip
+def test_the_preprocessing_inside_is_that_of_keras(name, module):
+    """Up to the first convolution, where the padding of some networks comes in between."""
+    model, x = applied(name, (32, 32, 3)), np.random.default_rng(0).uniform(0, 1, (2, 32, 32, 3)).astype("float32")
+    (rescaling,) = [layer for layer in model.layers if isinstance(layer, layers.Rescaling)]
+    found = keras.Model(model.input, rescaling.output)(x)
+    expected = getattr(keras.applications, module).preprocess_input(255 * x.copy())
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_a_grey_image_is_the_colour_image_of_equal_channels():
+    grey, colour = applied(seed=2), applied(shape=(32, 32, 3), seed=2)
+    np.testing.assert_array_equal(flat(grey), flat(colour))
+    x = np.random.default_rng(0).uniform(0, 1, (2, 32, 32, 1)).astype("float32")
+    np.testing.assert_allclose(models.inference(grey)(x), models.inference(colour)(np.repeat(x, 3, -1)), atol=1e-6)
+
+
+def test_an_application_comes_back_from_the_disk_and_in_float64(tmp_path):
+    model, x = applied(seed=4), np.random.default_rng(0).uniform(0, 1, (2, 32, 32, 1)).astype("float32")
+    copy = models.load(tmp_path / models.save(model, tmp_path))
+    np.testing.assert_array_equal(models.inference(copy)(x), models.inference(model)(x))
+    np.testing.assert_allclose(models.inference(models.as_float64(model))(x.astype("float64")),
+                               models.inference(model)(x), atol=1e-4)
+
+
+def test_pretrained_weights_come_from_a_file_of_keras(tmp_path):
+    whole = keras.applications.MobileNetV2(weights=None, input_shape=(32, 32, 3), classes=7)
+    whole.save(legacy := tmp_path / "mobilenet_v2.h5")
+    model = applied(weights=str(legacy), seed=1)
+    for name in ("Conv1", "bn_Conv1", "Conv_1"):
+        for ours, theirs in zip(model.get_layer(name).get_weights(), whole.get_layer(name).get_weights(), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"name": "MobileNetV3"}, "name: unknown 'MobileNetV3', did you mean 'MobileNetV2'"),
+    ({"shape": (32, 32, 2)}, r"input_shape is \(32, 32, 2\); expected at least 32 x 32 pixels and 1 or 3 channels"),
+    ({"shape": (16, 64, 3)}, "expected at least 32 x 32 pixels"),
+])  # fmt: skip
+def test_bad_input_of_an_application_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        applied(**change)
+
+
+def test_imagenet_weights_come_from_the_mirror_or_from_keras(tmp_path, monkeypatch):
+    monkeypatch.setenv("HELPERS_DATA", str(tmp_path))
+    assert models.imagenet_weights("MobileNet 0.75") == models.imagenet_weights("ResNet50") == "imagenet"
+    file = tmp_path / "keras/models/mobilenet_7_5_224_tf.h5"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert models.imagenet_weights("MobileNet 0.75") == str(file)
+    assert models.imagenet_weights("ResNet50") == "imagenet"
+    with pytest.raises(ValueError, match="name: unknown"):
+        models.imagenet_weights("two_conv")
