@@ -1,4 +1,4 @@
-"""The purifier: Table III's shapes, its loss through a frozen classifier, the whole as one network, and its attackers."""
+"""The purifier: the shapes of Table III, its loss through a frozen classifier, both as one network, its attackers."""
 
 import keras
 import numpy as np
@@ -43,7 +43,7 @@ def test_the_layers_have_the_shapes_of_table_iii():
     assert up == [(28, 28, 128), (56, 56, 64), (112, 112, 32), (224, 224, 1)]
     (linear,) = [layer for layer in model.layers if type(layer) is keras.layers.Dense]
     assert linear.kernel.shape == (196, 196)
-    assert sum(type(layer) is keras.layers.Add for layer in model.layers) == 4  # a skip a decoder row, one at the bottom
+    assert sum(type(layer) is keras.layers.Add for layer in model.layers) == 4  # skips
 
 
 def test_the_number_of_weights_is_counted_by_hand():
