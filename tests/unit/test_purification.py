@@ -192,6 +192,14 @@ def test_training_lowers_the_loss_and_leaves_the_classifier_alone():
     np.testing.assert_array_equal(flat(classifier), before)  # batch statistics included
 
 
+def test_the_loss_is_that_of_the_classifier_in_test_mode():
+    """Without a step worth the name, and with dropout in the classifier, which training mode would switch on."""
+    purifier, classifier, shown = small(), frozen(), np.clip(X + 0.05, 0, 1)
+    expected = composite_loss(purifier(shown), X, classifier(purifier(shown), training=False), Y, 0.5)
+    history = purification.fit(purifier, classifier, shown, X, Y, weight=0.5, epochs=1, learning_rate=1e-12)
+    np.testing.assert_allclose(history["loss"], [expected.numpy().mean()], rtol=1e-5)
+
+
 def test_the_classification_loss_counts_by_its_weight():
     purifiers = {weight: small() for weight in (0.0, 1.0)}
     for weight, purifier in purifiers.items():
