@@ -19,8 +19,10 @@ ATTACKS = {"FGSM": "#c77b00", "BIM": "#2e8bd8", "PGD": "#7b2d00", "transfer": "#
 REJECTION = {"DNN": INK, "NR": "#882255", "DNR": "#00868b"}
 FILTERS = {"no filter": INK, "gaussian": "#0072b2", "median": "#d55e00", "jpeg": "#009e73", "bits": "#882255"}
 KNOWLEDGE = {"informed": "#7b2d00", "unaware": "#2e8bd8", "one guess": "#c77b00"}
+PURIFICATION = {"bare": INK, "purified": "#0072b2", "adversarial training": "#009e73", "denoising": "#c77b00",
+                "total variation": "#882255"}
 # Distinct within each group for colour-blind eyes; dashes and markers help.
-COLOURS = DEFENCES | ATTACKS | REJECTION | FILTERS | KNOWLEDGE
+COLOURS = DEFENCES | ATTACKS | REJECTION | FILTERS | KNOWLEDGE | PURIFICATION
 VERDICTS = {"reproduced": ("#7cc4e8", ""), "direction": ("#f2d98d", "//"),
             "not-reproduced": ("#ee9a6f", "xx"), "not-testable": ("#d9d9d9", "..")}  # fmt: skip
 

@@ -55,6 +55,62 @@ def deep_conv(input_shape=(28, 28, 1), classes=10, *, dropout=0.5, seed=0):
         stack += [layers.Dense(200, activation="relu"), layers.Dropout(dropout)]
     return keras.Sequential([*stack, layers.Dense(classes)])
 
+# Each network of keras.applications, its options, and the (scale, offset) that takes pixels in [0, 1] to its own input.
+# Preprocessing: whether blue comes first, scale and offset of pixels in [0, 1].
+_CAFFE = True, 255.0, [-103.939, -116.779, -123.68]
+_TF = False, 2.0, -1.0
+_TORCH = False, [1 / 0.229, 1 / 0.224, 1 / 0.225], [-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225]
+APPLICATIONS = {  # name: function of keras.applications, its options, preprocessing, side of images, file of weights
+    "MobileNet 0.25": ("MobileNet", {"alpha": 0.25}, _TF, 224, "mobilenet_2_5_224_tf"),
+    "MobileNet 0.75": ("MobileNet", {"alpha": 0.75}, _TF, 224, "mobilenet_7_5_224_tf"),
+    "MobileNetV2": ("MobileNetV2", {}, _TF, 224, "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224"),
+    "InceptionV3": ("InceptionV3", {}, _TF, 299, "inception_v3_weights_tf_dim_ordering_tf_kernels"),
+    "VGG16": ("VGG16", {}, _CAFFE, 224, "vgg16_weights_tf_dim_ordering_tf_kernels"),
+    "ResNet50": ("ResNet50", {}, _CAFFE, 224, "resnet50_weights_tf_dim_ordering_tf_kernels"),
+    "DenseNet169": ("DenseNet169", {}, _TORCH, 224, "densenet169_weights_tf_dim_ordering_tf_kernels"),
+}
+
+
+def application(name, input_shape=None, classes=None, *, pretrained=False, momentum=None, seed=0):
+    """A network of keras.applications, one of `APPLICATIONS`, with its own preprocessing inside and logits at the end.
+
+    input_shape : (height, width, 1 or 3), 32 pixels a side at least, by default the network's own; grey images are
+    repeated to three channels. classes : of a new last layer; None keeps the one for ImageNet's 1000.
+    pretrained : with ImageNet's weights, from the file in keras/models of the folder that HELPERS_DATA names, or else
+    from Keras' cache or download. momentum : of every batch normalisation; None leaves Keras' own. Sets Keras' seed.
+    Returns a keras.Model from images (n, *input_shape) in [0, 1] to logits (n, classes).
+    Raises ValueError for another name or shape, OSError where there are no weights.
+    """
+    builder, options, (blue_first, scale, offset), side, file = APPLICATIONS[known("name", name, APPLICATIONS)]
+    height, width, channels = shape = input_shape or (side, side, 3)
+    if channels not in (1, 3) or min(height, width) < 32:
+        raise ValueError(f"input_shape is {shape}; expected at least 32 x 32 pixels and 1 or 3 channels")
+    keras.utils.set_random_seed(seed)
+    top = {"classifier_activation": None} if classes is None else {"include_top": False, "pooling": "avg"}
+    build = partial(getattr(keras.applications, builder), **options, **top)
+    image = layers.Input(shape)
+    rgb = image if channels == 3 else layers.Concatenate()([image] * 3)
+    rgb = keras.ops.flip(rgb, axis=-1) if blue_first else rgb
+    base = build(input_tensor=layers.Rescaling(scale, offset)(rgb), weights=None)
+    if pretrained:
+        _load_imagenet(base, build, Path(os.environ.get("HELPERS_DATA", ""), f"keras/models/{file}.h5"))
+    for layer in base.layers:
+        if momentum and isinstance(layer, layers.BatchNormalization):
+            layer.momentum = momentum
+    return keras.Model(image, base.output if classes is None else layers.Dense(classes)(base.output))
+
+
+def _load_imagenet(base, build, path):
+    """Give `base` the weights of a file of Keras, whose last layer may be one too many, or those that Keras finds."""
+    if path.exists():
+        whole = any(layer.name == "predictions" for layer in base.layers)
+        return base.load_weights(path, by_name=not whole)
+    try:
+        base.set_weights(build(weights="imagenet").get_weights())
+    except Exception as error:  # Keras raises no kind of its own for a failed download
+        raise OSError(f"weights: HELPERS_DATA names no folder with keras/models/{path.name}, and the download by Keras "
+                      f"failed ({error}). Set it, or use the profile 'smoke'.") from error
+
 
 def inception(input_shape=(64, 64, 3), classes=10, *, width=16, blocks=(1, 2, 2), dropout=0.3, seed=0):
     """A small network of Inception blocks, as paper 03 puts behind a filter: convolution, blocks, logits.
@@ -82,42 +138,6 @@ def inception(input_shape=(64, 64, 3), classes=10, *, width=16, blocks=(1, 2, 2)
         x = block(x, factor * width)
     x = layers.Dropout(dropout)(layers.GlobalAveragePooling2D()(x))
     return keras.Model(images, layers.Dense(classes)(x))
-
-
-IMAGENET = {  # name: module and network of keras.applications, its options, side of its images, file of its weights
-    "mobilenet_v2": ("mobilenet_v2", "MobileNetV2", {}, 224, "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224"),
-    "mobilenet_0.75": ("mobilenet", "MobileNet", {"alpha": 0.75}, 224, "mobilenet_7_5_224_tf"),
-    "mobilenet_0.25": ("mobilenet", "MobileNet", {"alpha": 0.25}, 224, "mobilenet_2_5_224_tf"),
-    "inception_v3": ("inception_v3", "InceptionV3", {}, 299, "inception_v3_weights_tf_dim_ordering_tf_kernels"),
-    "vgg16": ("vgg16", "VGG16", {}, 224, "vgg16_weights_tf_dim_ordering_tf_kernels"),
-    "resnet50": ("resnet50", "ResNet50", {}, 224, "resnet50_weights_tf_dim_ordering_tf_kernels"),
-}
-
-
-@lru_cache(maxsize=8)
-def imagenet(name, size=None, weights=True):
-    """A network of `IMAGENET`, trained on its 1000 classes, from images (n, size, size, 3) in [0, 1] to logits.
-
-    Its own preprocessing is its first part, its softmax is left out. The weights come from keras/models in the folder
-    that HELPERS_DATA names, or else from Keras' cache or download; `weights=False` leaves them random, for tests.
-    `size` is the side of the images, by default the network's own.
-    Raises ValueError for another name, OSError where there are no weights.
-    """
-    module, network, options, own, file = IMAGENET[known("name", name, IMAGENET)]
-    application = getattr(keras.applications, module)
-    images = keras.Input((size or own, size or own, 3))
-    options = options | {"classifier_activation": None}
-    build, path = getattr(application, network), Path(os.environ.get("HELPERS_DATA", ""), "keras/models", f"{file}.h5")
-    model = build(input_tensor=application.preprocess_input(255.0 * images), weights=None, **options)
-    if weights and path.exists():
-        model.load_weights(path)
-    elif weights:
-        try:
-            model.set_weights(build(weights="imagenet", **options).get_weights())
-        except Exception as error:  # Keras raises no kind of its own for a failed download
-            raise OSError(f"weights of {name!r}: HELPERS_DATA names no folder with keras/models/{path.name}, and the "
-                          f"download by Keras failed ({error}). Set it, or use the profile 'smoke'.") from error
-    return keras.Model(images, model.output)
 
 
 def as_float64(model):

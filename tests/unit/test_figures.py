@@ -88,7 +88,7 @@ def test_lines_reach_the_contrast_of_graphics(colour):
 
 
 @pytest.mark.parametrize("vision", SIMULATED)
-@pytest.mark.parametrize("group", ["DEFENCES", "ATTACKS", "REJECTION", "FILTERS", "KNOWLEDGE"])
+@pytest.mark.parametrize("group", ["DEFENCES", "ATTACKS", "REJECTION", "FILTERS", "KNOWLEDGE", "PURIFICATION"])
 def test_colours_of_a_group_are_told_apart(group, vision):
     for first, second in combinations(getattr(figures, group).values(), 2):
         distance = deltaE_ciede2000(lab(first, SIMULATED[vision]), lab(second, SIMULATED[vision]))

@@ -161,35 +161,85 @@ def test_inception_has_three_blocks_and_stays_small():
 
 
 @pytest.mark.parametrize(("name", "module", "side"), [
-    ("mobilenet_0.25", "mobilenet", 32), ("mobilenet_v2", "mobilenet_v2", 32), ("resnet50", "resnet50", 32),
-    ("inception_v3", "inception_v3", 75), ("vgg16", "vgg16", 32)])  # fmt: skip
+    ("MobileNet 0.25", "mobilenet", 32), ("MobileNetV2", "mobilenet_v2", 32), ("ResNet50", "resnet50", 32),
+    ("InceptionV3", "inception_v3", 75), ("VGG16", "vgg16", 32), ("DenseNet169", "densenet", 32)])  # fmt: skip
 def test_a_network_of_imagenet_brings_its_own_preprocessing(name, module, side):
     """Pixels in [0, 1] give what keras gives for 0 ... 255 and its own preprocessing, without the softmax."""
-    model = models.imagenet(name, side, weights=False)
+    model = models.application(name, (side, side, 3))
     x = np.random.default_rng(0).uniform(0, 1, (2, side, side, 3)).astype("float32")
     assert model.output_shape == (None, 1000) and model.layers[-1].name.startswith("predictions")
-    _, network, options, _, _ = models.IMAGENET[name]
-    application = getattr(keras.applications, module)
+    network, options, *_ = models.APPLICATIONS[name]
     options = options | {"input_shape": (side, side, 3), "weights": None, "classifier_activation": None}
-    bare = getattr(application, network)(**options)
+    bare = getattr(keras.applications, network)(**options)
     bare.set_weights(model.get_weights())
-    expected = bare(application.preprocess_input(255.0 * x.copy()), training=False)
+    expected = bare(getattr(keras.applications, module).preprocess_input(255.0 * x.copy()), training=False)
     np.testing.assert_allclose(models.inference(model)(x), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_network_of_imagenet_that_is_not_there(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="name: unknown 'mobilenet_v3', did you mean 'mobilenet_v2'"):
-        models.imagenet("mobilenet_v3")
+def test_images_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r"x holds images \(6, 6, 1\); expected \(8, 8, 1\)"):
+        models.check_logits(models.two_conv((8, 8, 1), 3), X)
 
+
+# ── Networks of keras.applications ──
+
+
+def applied(name="MobileNetV2", shape=(32, 32, 1), **options):
+    return models.application(name, shape, 3, momentum=0.9, **options)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_application_takes_pixels_in_0_1_and_ends_in_logits(channels):
+    model, x = applied(shape=(32, 32, channels)), np.full((2, 32, 32, channels), 0.5, "float32")
+    assert model(x).shape == (2, 3)
+    assert isinstance(model.layers[-1], layers.Dense) and model.layers[-1].activation is keras.activations.linear
+    norms = [layer for layer in model.layers if isinstance(layer, layers.BatchNormalization)]
+    assert len(norms) > 10 and {norm.momentum for norm in norms} == {0.9}
+
+
+def test_a_grey_image_is_the_colour_image_of_equal_channels():
+    grey, colour = applied(seed=2), applied(shape=(32, 32, 3), seed=2)
+    np.testing.assert_array_equal(flat(grey), flat(colour))
+    x = np.random.default_rng(0).uniform(0, 1, (2, 32, 32, 1)).astype("float32")
+    np.testing.assert_allclose(models.inference(grey)(x), models.inference(colour)(np.repeat(x, 3, -1)), atol=1e-6)
+
+
+def test_an_application_comes_back_from_the_disk_and_in_float64(tmp_path):
+    model, x = applied(seed=4), np.random.default_rng(0).uniform(0, 1, (2, 32, 32, 1)).astype("float32")
+    copy = models.load(tmp_path / models.save(model, tmp_path))
+    np.testing.assert_array_equal(models.inference(copy)(x), models.inference(model)(x))
+    np.testing.assert_allclose(models.inference(models.as_float64(model))(x.astype("float64")),
+                               models.inference(model)(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("classes", [None, 7])
+def test_pretrained_weights_come_from_the_mirror(tmp_path, monkeypatch, classes):
+    monkeypatch.setenv("HELPERS_DATA", str(tmp_path))
+    file = tmp_path / f"keras/models/{models.APPLICATIONS['MobileNet 0.25'][-1]}.h5"
+    file.parent.mkdir(parents=True)
+    whole = keras.applications.MobileNet(alpha=0.25, weights=None, input_shape=(32, 32, 3))
+    whole.save(file)
+    model = models.application("MobileNet 0.25", (32, 32, 3), classes, pretrained=True, seed=1)
+    for name in ("conv1", "conv1_bn", "conv_pw_13", *([] if classes else ["conv_preds"])):
+        for ours, theirs in zip(model.get_layer(name).get_weights(), whole.get_layer(name).get_weights(), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_pretrained_weights_that_are_nowhere(tmp_path, monkeypatch):
     def no_network(*arguments, **options):
         raise Exception("URL fetch failure")
 
     monkeypatch.setenv("HELPERS_DATA", str(tmp_path))
     monkeypatch.setattr("keras.src.utils.file_utils.get_file", no_network)
     with pytest.raises(OSError, match="HELPERS_DATA names no folder with keras/models/mobilenet_2_5.*fetch failure"):
-        models.imagenet.__wrapped__("mobilenet_0.25", 32)
+        models.application("MobileNet 0.25", (32, 32, 3), pretrained=True)
 
 
-def test_images_of_another_size_are_refused():
-    with pytest.raises(ValueError, match=r"x holds images \(6, 6, 1\); expected \(8, 8, 1\)"):
-        models.check_logits(models.two_conv((8, 8, 1), 3), X)
+@pytest.mark.parametrize("change, message", [
+    ({"name": "MobileNetV3"}, "name: unknown 'MobileNetV3', did you mean 'MobileNetV2'"),
+    ({"shape": (32, 32, 2)}, r"input_shape is \(32, 32, 2\); expected at least 32 x 32 pixels and 1 or 3 channels"),
+    ({"shape": (16, 64, 3)}, "expected at least 32 x 32 pixels"),
+])  # fmt: skip
+def test_bad_input_of_an_application_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        applied(**change)

@@ -1,0 +1,170 @@
+"""Purification: an autoencoder that cleans an image before a frozen classifier sees it (paper 05, Section V)."""
+
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers
+from skimage.restoration import denoise_tv_chambolle
+from tqdm import tqdm
+
+from helpers import attacks
+from helpers.models import check_logits, inference
+from helpers.threat import check_images, check_labels, check_positive
+
+
+def autoencoder(input_shape, *, filters=(32, 64, 128, 256), seed=0):
+    """The purifier of paper 05, Table III, for any image size that four halvings divide. Sets Keras' random seed.
+
+    Strided 3x3 convolutions, a linear layer that mixes the positions of the smallest maps (all maps share it), strided
+    4x4 transposed convolutions; skips add what has the same shape, and the image itself is never added to the output.
+    input_shape : (height, width, 1 or 3). filters : of the four convolutions; half of them make a smaller purifier.
+    Returns a keras.Model from images (n, *input_shape) in [0, 1] to images of that shape, >= 0 by its last ReLU.
+    """
+    height, width, channels = _checked_shape(input_shape, 2 ** len(filters))
+    keras.utils.set_random_seed(seed)
+    skips = [image] = [layers.Input((height, width, channels))]
+    for i, count in enumerate(filters):
+        hidden = layers.Conv2D(count, 3, 2, padding="same")(skips[-1])
+        skips.append(_leaky(hidden) if i else hidden)  # Table III: none in its first row
+    maps = layers.Reshape((-1, filters[-1]))(skips[-1])
+    mixed = layers.Dense(maps.shape[1])(layers.Permute((2, 1))(maps))
+    hidden = layers.Reshape(skips[-1].shape[1:])(layers.Permute((2, 1))(mixed))
+    hidden = layers.Add()([hidden, skips[-1]])
+    for count, skip in zip(filters[-2::-1], skips[-2:0:-1], strict=True):
+        hidden = _leaky(layers.Conv2DTranspose(count, 4, 2, padding="same")(hidden))
+        hidden = layers.Add()([hidden, skip])
+    # Starting from mid-grey keeps the last ReLU from being born dead.
+    output = layers.Conv2DTranspose(channels, 4, 2, padding="same", activation="relu", bias_initializer=_GREY)(hidden)
+    return keras.Model(image, output, name="purifier")
+
+
+def _leaky(hidden):
+    """LeakyReLU with PyTorch's slope; spelt out, since TensorFlow's graph optimiser stumbles over the fused one."""
+    return keras.ops.maximum(hidden, 0.01 * hidden)
+
+
+_GREY = keras.initializers.Constant(0.5)
+
+
+def _checked_shape(input_shape, factor):
+    if len(input_shape) != 3 or input_shape[2] not in (1, 3):
+        raise ValueError(f"input_shape is {input_shape}; expected (height, width, channels) with 1 or 3 channels")
+    if any(side % factor or side <= 0 for side in input_shape[:2]):
+        raise ValueError(f"input_shape is {input_shape}; expected a height and width divisible by {factor}")
+    return input_shape
+
+
+def _check_pair(purifier, classifier):
+    """Raise unless `classifier` takes what `purifier` gives, and has nothing left to train."""
+    ends = purifier.input_shape[1:], purifier.output_shape[1:], classifier.input_shape[1:]
+    if len(set(ends)) > 1:
+        raise ValueError(f"purifier maps {ends[0]} to {ends[1]} and classifier takes {ends[2]}; expected one shape")
+    if classifier.trainable_variables:
+        raise ValueError(f"classifier has {len(classifier.trainable_variables)} trainable variables; expected a frozen "
+                         "one: set classifier.trainable = False")
+
+
+def defended(purifier, classifier):
+    """Purifier and frozen classifier as one keras.Model from images to logits: what is deployed, and attacked.
+
+    Its gradient goes through both. Raises ValueError for shapes that do not fit and a classifier that is not frozen.
+    """
+    _check_pair(purifier, classifier)
+    image = layers.Input(purifier.input_shape[1:])
+    return keras.Model(image, classifier(purifier(image)))
+
+
+@dataclass(frozen=True)
+class StraightThrough:
+    """BPDA with the identity (Athalye et al. 2018): `purify` in the forward pass, nothing in the backward pass.
+
+    purify : a network or function from images (n, h, w, c) to images, which need not be differentiable.
+    A TensorFlow function from images to logits; give it to an attack in the place of the network.
+    """
+
+    purify: object
+    classifier: object
+
+    def __call__(self, x):
+        """Logits (n, classes) of images `x` (n, h, w, c)."""
+        change = tf.stop_gradient(inference(self.purify)(x) - x)
+        return inference(self.classifier)(x + change)
+
+
+@dataclass(frozen=True)
+class TotalVariation:
+    """Chambolle's total-variation denoising of each image, by scikit-image: a filter without a usable gradient.
+
+    weight : how much is smoothed; in the units of pixels in [0, 1]. Call it on images (n, h, w, c), NumPy or tensor.
+    """
+
+    weight: float
+
+    def __post_init__(self):
+        check_positive(weight=self.weight)
+
+    def __call__(self, x):
+        """Smoothed images of the shape of `x`, a tensor without a gradient."""
+        cleaned = tf.numpy_function(self._denoise, [x], tf.float32)
+        return tf.ensure_shape(cleaned, x.shape)
+
+    def _denoise(self, x):
+        return np.stack([denoise_tv_chambolle(image, self.weight, channel_axis=-1) for image in x]).astype("float32")
+
+
+def composite_loss(purified, clean, logits, y, weight):
+    """Restoration + weight * classification, (n,): mean squared error of the pixels, cross-entropy in nats."""
+    restoration = tf.reduce_mean((purified - clean) ** 2, axis=(1, 2, 3))
+    return restoration + weight * attacks.cross_entropy(logits, y)
+
+
+def fit(purifier, classifier, x_in, x, y, *, weight, epochs, batch_size=32, learning_rate=1e-3, monitor=None, seed=0,
+        label=None):  # fmt: skip
+    """Train `purifier` in place with Adam on `composite_loss`, through the frozen `classifier` in test mode.
+
+    x_in, x : what the purifier is shown, and the clean images that it should give back; (n, h, w, c) float32 in [0, 1].
+    y : labels (n,), every class among them. weight : of the classification loss; 0 is restoration alone.
+    monitor : function(purifier) -> dict of numbers to record after every epoch, or None. label : text of the progress
+    bar; None shows none. Returns a dict of lists, one value an epoch: "loss", and the monitor's.
+    """
+    check_images(x_in, "x_in")
+    check_images(x)
+    _check_pair(purifier, classifier)
+    if x_in.shape != x.shape or x.shape[1:] != purifier.input_shape[1:]:
+        raise ValueError(f"x_in {x_in.shape} and x {x.shape} should have one shape, the purifier's "
+                         f"{purifier.input_shape[1:]}")
+    check_positive(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate)
+    if not (np.isfinite(weight) and weight >= 0):
+        raise ValueError(f"weight is {weight}; expected a finite number >= 0")
+    classes = check_logits(classifier, x).shape[1]
+    y = check_labels(y, len(x), classes)
+    if missing := sorted(set(range(classes)) - set(y.tolist())):
+        raise ValueError(f"y lacks the classes {missing} of {classes}; expected images of every class to train on")
+    step, rng, history = _step(purifier, classifier, weight, learning_rate), np.random.default_rng(seed), {}
+    for _ in tqdm(range(epochs), desc=label, disable=label is None, unit="epoch"):
+        order, total = rng.permutation(len(x)), 0.0
+        for i in range(0, len(x), batch_size):
+            b = order[i : i + batch_size]
+            total += float(step(x_in[b], x[b], y[b])) * len(b)
+        if not np.isfinite(total):
+            raise FloatingPointError("the loss is not finite; try a smaller learning_rate")
+        for key, value in ({"loss": total / len(x)} | (monitor(purifier) if monitor else {})).items():
+            history.setdefault(key, []).append(value)
+    return history
+
+
+def _step(purifier, classifier, weight, learning_rate):
+    optimizer = keras.optimizers.Adam(learning_rate)
+    optimizer.build(purifier.trainable_variables)
+
+    @tf.function(reduce_retracing=True)
+    def step(x_in, x, y):
+        with tf.GradientTape() as tape:
+            purified = purifier(x_in, training=True)
+            loss = tf.reduce_mean(composite_loss(purified, x, classifier(purified, training=False), y, weight))
+        optimizer.apply(tape.gradient(loss, purifier.trainable_variables))
+        return loss
+
+    return step

@@ -1,0 +1,258 @@
+"""The purifier: the shapes of Table III, its loss through a frozen classifier, both as one network, its attackers."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from skimage.restoration import denoise_tv_chambolle
+
+from helpers import attacks, evaluation, models, purification
+from helpers.purification import StraightThrough, TotalVariation, autoencoder, composite_loss, defended
+from helpers.threat import ThreatModel
+
+SHAPE = (16, 16, 1)
+rng = np.random.default_rng(0)
+X = rng.uniform(0.1, 0.9, (24, *SHAPE)).astype("float32")
+Y = np.arange(24) % 3
+
+
+def small(seed=0, **options):
+    return autoencoder(SHAPE, filters=(2, 3, 4, 5), seed=seed, **options)
+
+
+def frozen(shape=SHAPE, trainable=False):
+    model = models.two_conv(shape, 3, seed=1)
+    model.trainable = trainable
+    return model
+
+
+def flat(model):
+    return np.concatenate([weights.ravel() for weights in model.get_weights()])
+
+
+# ── The autoencoder of Table III ──
+
+
+def test_the_layers_have_the_shapes_of_table_iii():
+    model = autoencoder((224, 224, 1))
+    down = [layer.output.shape[1:] for layer in model.layers if type(layer) is keras.layers.Conv2D]
+    up = [layer.output.shape[1:] for layer in model.layers if type(layer) is keras.layers.Conv2DTranspose]
+    assert down == [(112, 112, 32), (56, 56, 64), (28, 28, 128), (14, 14, 256)]
+    assert up == [(28, 28, 128), (56, 56, 64), (112, 112, 32), (224, 224, 1)]
+    (linear,) = [layer for layer in model.layers if type(layer) is keras.layers.Dense]
+    assert linear.kernel.shape == (196, 196)
+    assert sum(type(layer) is keras.layers.Add for layer in model.layers) == 4  # skips
+
+
+def test_the_number_of_weights_is_counted_by_hand():
+    down = 3 * 3 * (1 * 32 + 32 * 64 + 64 * 128 + 128 * 256) + 32 + 64 + 128 + 256
+    up = 4 * 4 * (256 * 128 + 128 * 64 + 64 * 32 + 32 * 1) + 128 + 64 + 32 + 1
+    assert autoencoder((64, 64, 1)).count_params() == down + up + 16 * 16 + 16
+
+
+@settings(max_examples=8)
+@given(st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 3]))
+def test_any_size_that_four_halvings_divide_comes_back_and_is_not_negative(rows, columns, channels):
+    shape = (16 * rows, 16 * columns, channels)
+    x = rng.uniform(0, 1, (2, *shape)).astype("float32")
+    purified = autoencoder(shape, filters=(2, 3, 4, 5), seed=rows)(x).numpy()
+    assert purified.shape == x.shape and purified.min() >= 0
+
+
+@pytest.mark.parametrize("shape", [(60, 64, 1), (64, 24, 3), (0, 16, 1)])
+def test_a_size_not_divisible_by_16_is_named(shape):
+    with pytest.raises(ValueError, match=r"input_shape is .* expected a height and width divisible by 16"):
+        autoencoder(shape)
+
+
+@pytest.mark.parametrize("shape", [(64, 64, 2), (64, 64, 4), (64, 64)])
+def test_channels_other_than_1_or_3_are_named(shape):
+    with pytest.raises(ValueError, match=r"input_shape is .* with 1 or 3 channels"):
+        autoencoder(shape)
+
+
+def test_the_seed_decides_the_weights():
+    np.testing.assert_array_equal(flat(small(3)), flat(small(3)))
+    assert not np.array_equal(flat(small(3)), flat(small(4)))
+
+
+def test_the_linear_layer_carries_a_pixel_across_the_image():
+    """Convolutions alone see a part of a large image; the linear layer mixes all positions."""
+    model = autoencoder((128, 128, 1), filters=(2, 2, 2, 2))
+    x = np.full((1, 128, 128, 1), 0.5, "float32")
+    with tf.GradientTape() as tape:
+        image = tf.constant(x)
+        tape.watch(image)
+        corner = model(image)[0, 0, 0, 0]
+    assert np.abs(tape.gradient(corner, image)[0, -32:, -32:]).max() > 0
+
+
+# ── Purifier and classifier as one network ──
+
+
+def test_the_whole_is_the_classifier_of_the_purified_image():
+    purifier, classifier = small(), frozen()
+    np.testing.assert_allclose(models.inference(defended(purifier, classifier))(X),
+                               classifier(purifier(X), training=False), atol=1e-6)
+
+
+def test_the_gradient_goes_through_both():
+    whole = defended(small(), frozen())
+    assert evaluation.gradient_error(whole, X[:5], Y[:5]) < 1e-3
+    assert evaluation.gradient_share(whole, X, Y) == 1
+
+
+def test_the_whole_comes_back_from_the_disk(tmp_path):
+    whole = defended(small(), frozen())
+    copy = models.load(tmp_path / models.save(whole, tmp_path))
+    np.testing.assert_array_equal(models.inference(copy)(X), models.inference(whole)(X))
+
+
+def test_an_attack_on_the_whole_is_stronger_than_one_on_the_classifier():
+    whole, classifier, threat = defended(small(), frozen()), frozen(), ThreatModel("linf", 0.1)
+    y = evaluation.logits(whole, X).argmax(axis=1)
+    lost = {name: attacks.margin(models.inference(whole)(attacks.pgd(model, X, y, threat, steps=10)), y).numpy().mean()
+            for name, model in (("end to end", whole), ("classifier alone", classifier))}
+    assert lost["end to end"] > lost["classifier alone"]
+
+
+@pytest.mark.parametrize("make", [defended, lambda p, f: purification.fit(p, f, X, X, Y, weight=1, epochs=1)])
+def test_channels_that_do_not_fit_are_named(make):
+    with pytest.raises(ValueError, match=r"purifier maps \(16, 16, 1\) to \(16, 16, 1\) and classifier takes "
+                                         r"\(16, 16, 3\)"):
+        make(small(), frozen((16, 16, 3)))
+
+
+@pytest.mark.parametrize("make", [defended, lambda p, f: purification.fit(p, f, X, X, Y, weight=1, epochs=1)])
+def test_a_classifier_that_is_not_frozen_is_refused(make):
+    with pytest.raises(ValueError, match="trainable variables; expected a frozen one"):
+        make(small(), frozen(trainable=True))
+
+
+# ── BPDA and total variation ──
+
+
+def test_bpda_computes_forward_what_is_deployed_and_backward_the_classifier_alone():
+    purifier, classifier = small(), frozen()
+    through, x = StraightThrough(purifier, classifier), tf.constant(X)
+    np.testing.assert_allclose(through(x), defended(purifier, classifier)(X, training=False), atol=1e-5)
+    gradient, *_ = attacks.input_gradient(through, attacks.margin, x, Y)
+    expected, *_ = attacks.input_gradient(models.inference(classifier), attacks.margin, purifier(x, training=False), Y)
+    np.testing.assert_allclose(gradient, expected, atol=1e-6)
+
+
+def test_total_variation_is_that_of_scikit_image_for_each_image_alone():
+    colour = rng.uniform(0, 1, (3, 8, 8, 3)).astype("float32")
+    found = TotalVariation(0.1)(colour).numpy()
+    for image, smooth in zip(colour, found, strict=True):
+        np.testing.assert_allclose(smooth, denoise_tv_chambolle(image, 0.1, channel_axis=-1), atol=1e-6)
+    assert found.dtype == np.float32 and found.std() < colour.std()
+
+
+def test_an_attack_gets_through_total_variation_by_bpda_alone():
+    classifier, threat = frozen(), ThreatModel("linf", 0.05)
+    through = StraightThrough(TotalVariation(0.05), classifier)
+    y = models.predict(through, X, 10).argmax(axis=1)
+    x_adv = attacks.pgd(through, X, y, threat, steps=5)
+    assert threat.distance(x_adv, X).max() <= 0.05 + 1e-6
+    before, after = (attacks.margin(models.predict(through, images, 10), y).numpy() for images in (X, x_adv))
+    assert (after >= before).all() and after.mean() > before.mean() + 0.01
+
+    def no_way_back(x):
+        return models.inference(classifier)(TotalVariation(0.05)(x))
+
+    assert evaluation.gradient_share(no_way_back, X, Y) == 0
+
+
+@pytest.mark.parametrize("weight", [0, -1.0, float("nan")])
+def test_a_weight_of_total_variation_that_is_not_positive_is_refused(weight):
+    with pytest.raises(ValueError, match="weight is .* expected a number > 0"):
+        TotalVariation(weight)
+
+
+# ── The loss and the training ──
+
+
+def test_the_composite_loss_by_hand():
+    purified, clean = np.full((2, 2, 2, 1), 0.5, "float32"), np.full((2, 2, 2, 1), 0.2, "float32")
+    logits, y = np.array([[0.0, 0.0], [2.0, 0.0]], "float32"), np.array([1, 0])
+    expected = 0.09 + 0.3 * np.array([np.log(2), np.log(1 + np.exp(-2))])
+    np.testing.assert_allclose(composite_loss(purified, clean, logits, y, 0.3), expected, rtol=1e-5)
+    np.testing.assert_allclose(composite_loss(purified, clean, logits, y, 0), 0.09, rtol=1e-5)
+
+
+def test_training_lowers_the_loss_and_leaves_the_classifier_alone():
+    purifier, classifier = small(), frozen()
+    before, whole = flat(classifier), defended(purifier, classifier)
+    history = purification.fit(purifier, classifier, X, X, Y, weight=0.1, epochs=40, batch_size=8, learning_rate=2e-2,
+                               monitor=lambda p: {"right": evaluation.correct(whole, X, Y).mean()})
+    assert history["loss"][-1] < 0.9 * history["loss"][0] and len(history["right"]) == 40
+    np.testing.assert_array_equal(flat(classifier), before)  # batch statistics included
+
+
+def test_the_loss_is_that_of_the_classifier_in_test_mode():
+    """Without a step worth the name, and with dropout in the classifier, which training mode would switch on."""
+    purifier, classifier, shown = small(), frozen(), np.clip(X + 0.05, 0, 1)
+    expected = composite_loss(purifier(shown), X, classifier(purifier(shown), training=False), Y, 0.5)
+    history = purification.fit(purifier, classifier, shown, X, Y, weight=0.5, epochs=1, learning_rate=1e-12)
+    np.testing.assert_allclose(history["loss"], [expected.numpy().mean()], rtol=1e-5)
+
+
+def test_the_classification_loss_counts_by_its_weight():
+    purifiers = {weight: small() for weight in (0.0, 1.0)}
+    for weight, purifier in purifiers.items():
+        purification.fit(purifier, frozen(), X, X, Y, weight=weight, epochs=25, batch_size=8, learning_rate=5e-3)
+    entropy = {w: evaluation.score(defended(p, frozen()), X, Y)["loss"] for w, p in purifiers.items()}
+    error = {w: float(np.mean((p(X) - X) ** 2)) for w, p in purifiers.items()}
+    assert entropy[1.0] < entropy[0.0] and error[0.0] < error[1.0]
+
+
+def test_the_purifier_learns_to_give_back_the_clean_image_and_not_what_it_is_shown():
+    shown, purifier = np.clip(X + 0.1, 0, 1), small()
+    purification.fit(purifier, frozen(), shown, X, Y, weight=0, epochs=150, batch_size=24, learning_rate=5e-3)
+    purified = purifier(shown).numpy()
+    assert np.abs(purified.mean() - X.mean()) < np.abs(purified.mean() - shown.mean())
+
+
+def test_the_same_seed_gives_the_same_purifier():
+    def trained(seed):
+        purifier = small()
+        purification.fit(purifier, frozen(), X, X, Y, weight=0.1, epochs=2, batch_size=8, seed=seed)
+        return flat(purifier)
+
+    np.testing.assert_array_equal(trained(5), trained(5))
+    assert not np.array_equal(trained(5), trained(6))
+
+
+@pytest.mark.parametrize("change, error, message", [
+    ({"y": np.zeros(24, int)}, ValueError, r"y lacks the classes \[1, 2\] of 3"),
+    ({"y": Y[:5]}, TypeError, "expected 24 integer labels"),
+    ({"y": Y + 1}, ValueError, "expected labels in 0...2"),
+    ({"x": X[:5]}, ValueError, r"x_in \(24, 16, 16, 1\) and x \(5, 16, 16, 1\) should have one shape"),
+    ({"x": X[:, :8], "x_in": X[:, :8]}, ValueError, r"the purifier's \(16, 16, 1\)"),
+    ({"x_in": X * 255}, ValueError, r"x_in lies in .* expected pixels in \[0.0, 1.0\]"),
+    ({"x": X.astype("float64")}, TypeError, "expected a float32 NumPy array"),
+    ({"weight": -1.0}, ValueError, "weight is -1.0; expected a finite number >= 0"),
+    ({"weight": float("nan")}, ValueError, "weight is nan"),
+    ({"epochs": 0}, ValueError, "epochs is 0; expected a number > 0"),
+    ({"learning_rate": 0}, ValueError, "learning_rate is 0"),
+])  # fmt: skip
+def test_bad_input_of_the_training_is_named(change, error, message):
+    arguments = {"x_in": X, "x": X, "y": Y, "weight": 0.1, "epochs": 1} | change
+    purifier = small()
+    before = flat(purifier)
+    with pytest.raises(error, match=message):
+        purification.fit(purifier, frozen(), **arguments)
+    np.testing.assert_array_equal(flat(purifier), before)
+
+
+def test_eps_in_units_of_255_is_refused_where_the_images_are_made():
+    with pytest.raises(ValueError, match="is it in 0-255 units"):
+        attacks.fgsm(frozen(), X, Y, 2.55)
+
+
+def test_a_loss_that_is_not_finite_stops_the_training():
+    with pytest.raises(FloatingPointError, match="smaller learning_rate"):
+        purification.fit(small(), frozen(), X, X, Y, weight=1e30, epochs=20, learning_rate=1e30)
