@@ -182,7 +182,7 @@ def test_the_filter_has_no_weights_and_a_float64_copy():
     ("median", 4, "value is 4.*odd"), ("median", 0, "odd"), ("median", 2.5, "odd"),
     ("gaussian", -1, "value is -1.*>= 0"), ("gaussian", np.nan, "finite"), ("gaussian", np.inf, "finite"),
     ("jpeg", 0, "1 to 100"), ("jpeg", 101, "1 to 100"),
-    ("bits", 9, "1 to 8"), ("bits", 2.5, "1 to 8"), ("gausian", 1, "did you mean 'gaussian'"),
+    ("bits", 9, "1 to 8"), ("bits", 2.5, "1 to 8"), ("gaussian2", 1, "did you mean 'gaussian'"),
 ])  # fmt: skip
 def test_values_that_make_no_filter_are_refused(kind, value, message):
     with pytest.raises(ValueError, match=message):
