@@ -117,6 +117,11 @@ def test_security_curve_draws_the_mean_and_the_range_of_the_seeds():
     np.testing.assert_allclose(ax.child_axes[0].get_xlim(), 255 * np.array(ax.get_xlim()))
 
 
+def test_an_l2_curve_has_no_axis_in_steps_of_255():
+    ax = figures.security_curve([0.0, 3.0], {"normal": np.ones((1, 2))}).axes[0]
+    assert not ax.child_axes and "L2" in ax.get_xlabel()
+
+
 def test_security_curve_of_one_seed_says_so():
     ax = figures.security_curve([0, 0.1], {"noise": np.ones((1, 2))}).axes[0]
     assert ax.get_legend().get_title().get_text() == "one seed"
