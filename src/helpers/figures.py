@@ -41,12 +41,17 @@ def say(markdown):
 
 
 def security_curve(eps, series, ylabel="accuracy", trained_eps=None, ax=None):
-    """A rate in [0, 1] against eps; `series`: name -> (n_seeds, n_eps); `trained_eps` gets a line, `ax` the panel."""
+    """A rate in [0, 1] against eps; `series`: name -> (n_seeds, n_eps); `trained_eps` gets a line, `ax` the panel.
+
+    An eps above 1 is an L2 length, which is not counted in steps of 1/255.
+    """
     ax = _axes(1, 1, 6, 4.8)[0, 0] if ax is None else ax
     if trained_eps is not None:
         ax.axvline(trained_eps, color=FAINT, linestyle=":", label=f"trained at ε = {trained_eps:g}")
-    ax.set(xlabel="ε (pixel range [0, 1])", ylabel=ylabel, ylim=(-0.02, 1.02))
-    ax.secondary_xaxis("top", functions=(lambda e: e * 255, lambda n: n / 255)).set_xlabel("ε (n/255)")
+    ax.set(xlabel="ε (L2, pixel range [0, 1])" if max(eps) > 1 else "ε (pixel range [0, 1])", ylabel=ylabel,
+           ylim=(-0.02, 1.02))
+    if max(eps) <= 1:
+        ax.secondary_xaxis("top", functions=(lambda e: e * 255, lambda n: n / 255)).set_xlabel("ε (n/255)")
     _bands(ax, series, np.asarray(eps), "osD^vPX*<")
     return ax.figure
 
