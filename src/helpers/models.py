@@ -55,7 +55,7 @@ def deep_conv(input_shape=(28, 28, 1), classes=10, *, dropout=0.5, seed=0):
         stack += [layers.Dense(200, activation="relu"), layers.Dropout(dropout)]
     return keras.Sequential([*stack, layers.Dense(classes)])
 
-# Each network of keras.applications, its options, and the (scale, offset) that takes pixels in [0, 1] to its own input.
+
 # Preprocessing: whether blue comes first, scale and offset of pixels in [0, 1].
 _CAFFE = True, 255.0, [-103.939, -116.779, -123.68]
 _TF = False, 2.0, -1.0
