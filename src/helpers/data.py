@@ -103,8 +103,7 @@ def _find(name, mirror):
         raise FileNotFoundError(f"HELPERS_DATA: got {mirror!r}, expected an existing folder")
     path, expected = Path(mirror or "", f"{name}.npz"), _SOURCES[name]["sha256"]
     if mirror and path.exists():
-        if (found := files.sha256(path)) != expected:
-            raise ValueError(f"{path} is corrupt, truncated or another file: SHA-256 is {found}, expected {expected}")
+        files.check(path, expected)
         return _read_npz(path), "mirror"
     cache, fetched = pooch.os_cache("adversarial-defences-book") / name, []
 

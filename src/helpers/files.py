@@ -19,6 +19,12 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check(path: str | Path, expected: str) -> None:
+    """Raise ValueError, which names `path`, if its SHA-256 is not `expected`."""
+    if (found := sha256(path)) != expected:
+        raise ValueError(f"{path} is corrupt, truncated or another file: SHA-256 is {found}, expected {expected}")
+
+
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path`, with its suffix, to write to; it becomes `path` when the block succeeds.

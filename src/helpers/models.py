@@ -69,6 +69,12 @@ APPLICATIONS = {  # name: function of keras.applications, its options, preproces
     "ResNet50": ("ResNet50", {}, _CAFFE, 224, "resnet50_weights_tf_dim_ordering_tf_kernels"),
     "DenseNet169": ("DenseNet169", {}, _TORCH, 224, "densenet169_weights_tf_dim_ordering_tf_kernels"),
 }
+_MIRRORED = {  # file of weights in the mirror: its SHA-256
+    "mobilenet_2_5_224_tf": "d37f6e0dc3cbc86e52e817a020459e8f242ea31f002236633fde0abddb75fa08",
+    "mobilenet_7_5_224_tf": "c80c6d56bf40cd8fd8c6927a3c4a03da0732323cbbf173e06c8409ebaf8fdd88",
+    "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224":
+        "815beb34e388494a301134caa65a121de3f783a7155525e744fd4671fe8a32d4",
+}
 
 
 def application(name, input_shape=None, classes=None, *, pretrained=False, momentum=None, seed=0):
@@ -79,7 +85,7 @@ def application(name, input_shape=None, classes=None, *, pretrained=False, momen
     pretrained : with ImageNet's weights, from the file in keras/models of the folder that HELPERS_DATA names, or else
     from Keras' cache or download. momentum : of every batch normalisation; None leaves Keras' own. Sets Keras' seed.
     Returns a keras.Model from images (n, *input_shape) in [0, 1] to logits (n, classes).
-    Raises ValueError for another name or shape, OSError where there are no weights.
+    Raises ValueError for another name or shape and for a damaged file of weights, OSError where there are no weights.
     """
     builder, options, (blue_first, scale, offset), side, file = APPLICATIONS[known("name", name, APPLICATIONS)]
     height, width, channels = shape = input_shape or (side, side, 3)
@@ -102,7 +108,8 @@ def application(name, input_shape=None, classes=None, *, pretrained=False, momen
 
 def _load_imagenet(base, build, path):
     """Give `base` the weights of a file of Keras, whose last layer may be one too many, or those that Keras finds."""
-    if path.exists():
+    if path.stem in _MIRRORED and path.exists():
+        files.check(path, _MIRRORED[path.stem])
         whole = any(layer.name == "predictions" for layer in base.layers)
         return base.load_weights(path, by_name=not whole)
     try:

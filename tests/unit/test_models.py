@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from helpers import models
+from helpers import files, models
 
 X = np.random.default_rng(0).uniform(0, 1, (5, 6, 6, 1)).astype("float32")
 NETWORKS = {
@@ -219,6 +219,9 @@ def test_pretrained_weights_come_from_the_mirror(tmp_path, monkeypatch, classes)
     file.parent.mkdir(parents=True)
     whole = keras.applications.MobileNet(alpha=0.25, weights=None, input_shape=(32, 32, 3))
     whole.save(file)
+    with pytest.raises(ValueError, match="mobilenet_2_5_224_tf.h5 is corrupt, truncated or another file"):
+        models.application("MobileNet 0.25", (32, 32, 3), classes, pretrained=True)
+    monkeypatch.setitem(models._MIRRORED, file.stem, files.sha256(file))
     model = models.application("MobileNet 0.25", (32, 32, 3), classes, pretrained=True, seed=1)
     for name in ("conv1", "conv1_bn", "conv_pw_13", *([] if classes else ["conv_preds"])):
         for ours, theirs in zip(model.get_layer(name).get_weights(), whole.get_layer(name).get_weights(), strict=True):
