@@ -138,6 +138,23 @@ def test_sliders_move_with_the_arrow_keys_and_change_the_picture(pages, visit):
     assert not failing(pages, check)
 
 
+def test_a_slider_moves_under_a_finger(folder, visit):
+    page, _ = visit(folder / "notebooks/02_mixed_batch_adversarial_training.html", size="phone")
+    slider = page.locator("main input[type=range]").first
+    slider.scroll_into_view_if_needed()
+    box = slider.bounding_box()
+    page.touchscreen.tap(box["x"] + box["width"] - 4, box["y"] + box["height"] / 2)
+    frames = page.locator("main .eps-slider").first.locator("img")
+    assert frames.last.is_visible() and not frames.first.is_visible()
+
+
+def test_print_shows_a_still_and_no_slider(folder, visit):
+    page, _ = visit(folder / "notebooks/02_mixed_batch_adversarial_training.html")
+    page.emulate_media(media="print")
+    figure = page.locator("main .eps-slider").first
+    assert figure.locator("img:visible").count() == 1 and not figure.locator("input").is_visible()
+
+
 def test_every_chapter_has_a_slider(site, folder, visit):
     without = [name for name in site.chapters() if not visit(folder / f"notebooks/{name}.html")[0]
                .locator("main input[type=range]").count()]

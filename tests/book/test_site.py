@@ -108,6 +108,15 @@ def test_links_and_files_within_the_site_exist(pages):
                 assert unquote(parts.fragment) in pages[target].ids, f"{path.name}: {address}"
 
 
+def test_the_site_and_its_pages_are_light(pages, folder):
+    """30 MB in all; 3 MB a page with its pictures, beside what all pages share."""
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 30e6
+    for path, page in pages.items():
+        files = (image["src"] for image in page.images if not image["src"].startswith("data:"))
+        pictures = {path.parent / unquote(file) for file in files}
+        assert sum(file.stat().st_size for file in {path, *pictures}) < 3e6, path.name
+
+
 def test_every_page_of_the_contents_is_there(folder):
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
     for file in [toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])]:
