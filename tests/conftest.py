@@ -57,7 +57,7 @@ def tiny(tmp_path):
             (root / "notebooks").mkdir(parents=True)
             (root / "book").mkdir()
             shutil.copy(ROOT / "_config.yml", root)
-            for path in [ROOT / "book/claims.yml", *ROOT.glob("book/*.jinja")]:
+            for path in [ROOT / "book/claims.yml", ROOT / "book/left.yml", *ROOT.glob("book/*.jinja")]:
                 shutil.copy(path, root / "book")
             for page in ("index", "reading_results"):
                 (root / f"book/{page}.md").write_text(f"# {page}\n")

@@ -222,6 +222,36 @@ def _at_a_glance(frame, folder):
     return counts
 
 
+def what_is_left(book: Book) -> list[dict]:
+    """The defences of book/left.yml: the text there, and for "weak" and "informed" also `shares`, one a seed.
+
+    A share is of the images on which the attacker does not win; without a committed record there are none.
+    Raises BookError for a curve, series or eps that the chapter's record does not have.
+    """
+    rows, kept = yaml.safe_load((book.root / "book/left.yml").read_text())["defences"], _kept(book)
+    for row in rows:
+        for end in (row["weak"], row["informed"]):
+            end["shares"] = []
+            if record := kept.get(row["chapter"]):
+                try:
+                    curve = record.curves[end["curve"]]
+                    (at,) = (k for k, eps in enumerate(curve.x) if abs(eps - row["eps"]) < 1e-4)
+                    found = [run[at] for run in curve.series[end["series"]]]
+                except (KeyError, ValueError) as error:
+                    raise BookError(f"book/left.yml: {row['chapter']}'s record lacks {end} at {row['eps']}") from error
+                end["shares"] = [1 - share for share in found] if end.get("beaten") else found
+    return rows
+
+
+def _left_standing(rows, folder):
+    """Draw `what_is_left`."""
+    from helpers.figures import left_standing
+
+    with atomic(folder / "book/_static/what-is-left.png") as path:
+        left_standing({f"{row['defence']}\n{row['threat']}": [row[end]["shares"] for end in ("weak", "informed")]
+                       for row in rows}).savefig(path, dpi=150)
+
+
 def stage(book: Book) -> None:
     """Lay out what Sphinx reads in output/stage: the pages, the notebooks with outputs and card, ledger and status."""
     stage = book.output / "stage"
@@ -239,7 +269,8 @@ def stage(book: Book) -> None:
     shown = {chapter: _stage_chapter(book, chapter, stage, pages) for chapter in book.chapters()}
     stale = [name for name in shown if (copy := book.committed(name)[0]).exists() and not _graft(book, name, copy)]
     data = {"ledger": frame.to_dict("records"), "counts": _at_a_glance(frame, stage), "shown": shown, "stale": stale,
-            "kept": _kept(book)}
+            "kept": _kept(book), "left": what_is_left(book)}
+    _left_standing(data["left"], stage)
     for name in ("ledger.md", "status.md"):
         (stage / "book" / name).write_text(pages.get_template(f"{name}.jinja").render(data, runs=status(book)))
 

@@ -127,6 +127,30 @@ def verdict_bars(counts):
     return ax.figure
 
 
+def left_standing(shares):
+    """What two attackers leave of each defence; `shares`: label -> (weak, informed), each a list of one rate a seed."""
+    ax = _axes(1, 1, 7.4, 1.4 + 0.62 * len(shares))[0, 0]
+    looks = {"the paper's kind of attack": ("o", "none", KNOWLEDGE["unaware"]),
+             "an attacker who knows the defence": ("D", "full", KNOWLEDGE["informed"])}  # fmt: skip
+    marks = {}
+    for row, ends in enumerate(shares.values()):
+        if not all(ends):
+            ax.text(0, row, "no record yet", va="center", color=FAINT, style="italic")
+            continue
+        ax.plot([np.mean(values) for values in ends], [row, row], color=FAINT, linewidth=1, zorder=1)
+        for values, (label, (marker, fill, colour)) in zip(ends, looks.items(), strict=True):
+            mean = np.mean(values)
+            reach = [[mean - min(values)], [max(values) - mean]]
+            marks[label] = ax.errorbar(mean, row, xerr=reach, marker=marker, fillstyle=fill, color=colour, capsize=3,
+                                       linestyle="")  # fmt: skip
+            ax.annotate(f"{mean:.0%}", (mean, row), (0, 7), textcoords="offset points", ha="center", fontsize="small")
+    ax.set(yticks=range(len(shares)), yticklabels=list(shares), ylim=(len(shares) - 0.5, -0.7), xlim=(-0.04, 1.04),
+           xlabel="images that withstand the attack (mean and range of seeds)")
+    ax.xaxis.set_major_formatter("{x:.0%}")
+    ax.figure.legend(marks.values(), marks, loc="outside lower center", ncols=2)
+    return ax.figure
+
+
 def eps_slider(frames, eps, label, norm="linf"):
     """A slider as HTML, no kernel, no network; `frames`: (image in [0, 1] or Figure, text) for each eps.
 

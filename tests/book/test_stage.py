@@ -3,15 +3,17 @@
 import base64
 import json
 import re
+import shutil
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
 from conftest import RECORD, ROOT
 from nbformat.v4 import new_output
 
-from helpers.book import MAX_BYTES, Book, BookError, build, execute, ledger, publish, stage
+from helpers.book import MAX_BYTES, Book, BookError, build, execute, ledger, publish, stage, what_is_left
 from helpers.records import Record, claims
 
 FIGURE = """from IPython.display import display
@@ -154,6 +156,31 @@ def test_every_number_of_the_ledger_is_in_a_committed_record_and_its_section_in_
         text = [cell.source for cell in book.source(chapter).cells if cell.cell_type == "markdown"]
         headings = {line.lstrip("# ") for source in text for line in source.splitlines() if line.startswith("#")}
         assert {claim.section for claim in known.values() if claim.id[:2] == chapter[:2]} <= headings
+
+
+def test_what_is_left_is_read_from_the_records_and_less_than_the_weak_attack_leaves(tmp_path):
+    """The second half is what the figure's alternative text on the index says."""
+    rows = what_is_left(Book(ROOT, tmp_path))
+    assert {row["chapter"] for row in rows} == set(Book(ROOT, tmp_path).chapters())
+    for row in rows:
+        path = ROOT / f"book/results/{row['chapter']}/paper.json"
+        curves = Record.load(path).curves if path.exists() else {}
+        for end in (row["weak"], row["informed"]):
+            assert bool(end["shares"]) == path.exists() and all(0 <= share <= 1 for share in end["shares"])
+            if curves:
+                at = int(np.argmin(np.abs(np.array(curves[end["curve"]].x) - row["eps"])))
+                values = np.array(curves[end["curve"]].series[end["series"]])[:, at]
+                np.testing.assert_allclose(end["shares"], 1 - values if end.get("beaten") else values)
+        assert not curves or np.mean(row["informed"]["shares"]) < np.mean(row["weak"]["shares"])
+
+
+def test_a_series_that_no_record_has_is_named(tmp_path):
+    for name in ("notebooks", "book"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    listed = tmp_path / "book/left.yml"
+    listed.write_text(listed.read_text().replace("series: mixed-batch}", "series: mixed}"))
+    with pytest.raises(BookError, match="left.yml: 02_mixed_batch_adversarial_training's record lacks .*'mixed'"):
+        what_is_left(Book(tmp_path, tmp_path))
 
 
 def test_the_generated_pages_and_downloads(tiny):

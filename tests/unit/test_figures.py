@@ -180,6 +180,12 @@ def test_verdict_bars_count_and_say_what_has_not_run():
     assert [text.get_text() for text in fig.legends[0].texts] == list(figures.VERDICTS)
 
 
+def test_what_is_left_has_two_marks_a_defence_and_says_what_has_not_run():
+    ax = figures.left_standing({"One": ([0.9, 1.0], [0.0, 0.2]), "Two": ([], [])}).axes[0]
+    assert [text.get_text() for text in ax.texts] == ["95%", "10%", "no record yet"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["One", "Two"]
+
+
 def slider(rng, label="FGSM on a <3>"):
     eps = [0.0, 0.1, 0.2]
     return eps, figures.eps_slider([(rng.random((8, 8)), f'reads "{i}"') for i in range(3)], eps, label).data
