@@ -10,7 +10,7 @@ from helpers.models import as_float64, check_logits, inference, predict
 from helpers.threat import ThreatModel, check_images, check_labels
 
 
-def logits(model, x, batch_size=1000):
+def logits(model, x, batch_size=250):
     """Logits (n, classes) float32 of images `x` (n, h, w, c) in test mode, in batches."""
     check_images(x)
     check_logits(model, x)
