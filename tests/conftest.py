@@ -24,14 +24,6 @@ record.claim("02.sec4.train_accuracy", [0.9, 0.91, 0.92])
 record.save()"""
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items):
-    """One of several processes makes the site and has all tests of it, so that it is made once."""
-    for item in items:
-        if "site" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("site"))
-
-
 def command(*arguments, cwd, **environment):
     """Run `python -m helpers ...` in a checkout and return the finished process."""
     return subprocess.run([sys.executable, "-m", "helpers", *arguments], cwd=cwd, env=os.environ | environment,
