@@ -165,6 +165,7 @@ def fit(network, x, y, *, layers=(5, 7, 8), C=0.1, gamma=0.01, folds=None, theta
     feature_network(network, layers), Defence(network).at(theta)  # refuse bad ones before the work, not after it
     svms, scores = [], []
     for n in layers:
+        gram = None  # the last layer's goes before the next one's distances come
         h, distances = shared[n] if shared else prepare(network, x, (n,), label)[n]
         gram = svm.kernel(distances, gamma[n])
         del distances  # one large matrix at a time
