@@ -121,8 +121,10 @@ def compare(outcomes: Mapping[str, Outcome | None]) -> pd.DataFrame:
         verdict, note = (outcome.verdict, outcome.note) if outcome else ("no record yet", "")
         parts = ours if isinstance(ours, dict) else {"": ours}
         papers = claim.value if isinstance(claim.value, dict) else dict.fromkeys(parts, claim.value)
+        tested = claim.kind == "number" and ours and verdict != "not-testable"
         rows += [(id, ": ".join(filter(None, (claim.what or claim.where, part))),
-                  "–" if paper is None else f"{paper:g}", str(parts.get(part) or "–"), verdict, note)
+                  "–" if paper is None else f"{paper:g}", str(parts.get(part) or "–"), verdict,
+                  "; ".join(filter(None, [_distance(claim, parts[part], paper) if tested else "", note])))
                  for part, paper in papers.items()]
     return pd.DataFrame(rows, columns=["Claim", "What", "Paper", "Ours", "Verdict", "Note"])
 
@@ -154,7 +156,7 @@ class Record(_Strict):
     def claim(self, id: str, values, note="", direction: bool | None = None, choice_tie=False) -> Verdict:
         """Add our `values` of a claim, one a seed (by column where the paper has several), and return the verdict.
 
-        number: reproduced within the claim's tolerance, or (the note says so) within 2 sd of our mean where n >= 3;
+        number: reproduced within the claim's tolerance, or (`compare` says so) within 2 sd of our mean where n >= 3;
         else `direction` says whether the effect has the paper's sign. order: values are differences, positive where
         the statement holds; reproduced beyond 2 standard errors. choice: what each seed selected; `choice_tie` says
         that the paper's choice is as good within one standard error. shown: `direction` says whether the statement
@@ -176,10 +178,6 @@ class Record(_Strict):
         ours = {part: _measure(seeds) for part, seeds in parts.items()}
         ranks = [_judge(claim, ours[part], papers[part], direction, choice_tie) for part in ours]
         verdict = _VERDICTS[max(ranks) if ranks and self.profile != "smoke" else 3]  # smoke is never a reproduction
-        if verdict == "reproduced" and claim.kind == "number" and any(
-                _off(ours[part], papers[part]) > claim.tolerance for part in ours):
-            note = "; ".join(filter(None, [note, f"beyond the tolerance of {claim.tolerance:g}, within two standard "
-                                                 "deviations of the seeds"]))
         self.claims.append(Outcome(id=id, ours=ours.get("", ours or None), note=note, verdict=verdict))
         return verdict
 
@@ -242,6 +240,16 @@ def _judge(claim, ours, paper, direction, choice_tie):
     if _off(ours, paper) <= margin:
         return 1 if claim.id[:2] in _SUBSTITUTED else 0
     return 1 if direction else 2
+
+
+def _distance(claim, ours, paper):
+    """How far a number is from the paper's. A wide spread makes it easy to agree: the reader has to see that."""
+    off, where = _off(ours, paper), " on other data than the paper's" if claim.id[:2] in _SUBSTITUTED else ""
+    text = f"off by {max(off, 0):.3g}{where}, tolerance {claim.tolerance:g}"
+    if not claim.tolerance < off <= 2 * ours.sd or ours.n < 3:
+        return text
+    near = sum(abs(value - paper) - 1e-9 <= claim.tolerance for value in ours.values)
+    return f"{text}: within 2 sd of our seeds, {near or 'none'} of the {ours.n} within the tolerance"
 
 
 def _off(ours, paper):

@@ -132,15 +132,30 @@ def test_number_within_two_standard_deviations(own_claims):
     assert start().claim("02.number", 0.9892 + 0.02001 + spread) == "not-reproduced"
 
 
-def test_a_number_reproduced_by_a_wide_spread_alone_says_so(own_claims):
+@pytest.mark.parametrize(("id", "values", "reason"), [
+    ("02.number", [0.9892], "off by 0, tolerance 0.004"),
+    ("02.number", [0.9852], "off by 0.004, tolerance 0.004"),
+    ("02.number", [0.5], "off by 0.489, tolerance 0.004"),
+    ("02.number", [0.97, 0.98, 0.99],
+     "off by 0.0092, tolerance 0.004: within 2 sd of our seeds, 1 of the 3 within the tolerance"),
+    ("02.number", [0.97, 0.98, 0.98],
+     "off by 0.0125, tolerance 0.004"),  # the sd is 0.006, and beyond two of them
+    ("02.number", [0.97, 0.995, 0.97, 0.995],
+     "off by 0.0067, tolerance 0.004: within 2 sd of our seeds, none of the 4 within the tolerance"),
+    ("02.number", [0.97, 0.99], "off by 0.0092, tolerance 0.004"),  # two seeds have no spread to speak of
+    ("05.number", [0.89], "off by 0.01 on other data than the paper's, tolerance 0.05"),
+    ("02.order", [0.1, 0.2], ""),
+])
+def test_a_number_says_how_far_it_is_off_and_whether_its_spread_alone_makes_it_agree(own_claims, id, values, reason):
     """A wide spread makes it easy to be within two standard deviations: the reader has to see it."""
-    record = start()
-    assert record.claim("02.number", [0.97, 0.98, 0.99], "our note") == "reproduced"
-    assert record.claims[-1].note == (
-        "our note; beyond the tolerance of 0.004, within two standard deviations of the seeds")
-    record = start()
-    assert record.claim("02.number", [0.9892, 0.9892, 0.9893], "our note") == "reproduced"
-    assert record.claims[-1].note == "our note"
+    for note in ("", "our note"):
+        record = start(chapter=f"{id[:2]}_x")
+        record.claim(id, values, note)
+        assert record.claims[-1].note == note
+        assert list(record.comparison()["Note"]) == ["; ".join(filter(None, [reason, note]))]
+    record = start("smoke", f"{id[:2]}_x")
+    record.claim(id, values, "our note")
+    assert list(record.comparison()["Note"]) == ["our note"]  # there was nothing to judge
 
 
 def test_a_claim_without_values_is_not_testable():
@@ -363,9 +378,10 @@ def test_comparison_shows_the_paper_beside_ours(own_claims):
     frame = record.comparison()
     assert list(frame.columns) == ["Claim", "What", "Paper", "Ours", "Verdict", "Note"]
     assert frame.to_numpy().tolist() == [
-        ["02.number", "something", "0.9892", "0.9852 ± 0.0001 (n = 3)", "reproduced", "fewer <images>"],
-        ["02.columns", "something: clean", "0.9", "0.9123 (n = 1)", "reproduced", ""],
-        ["02.columns", "something: fgsm", "0.5", "0.5 (n = 1)", "reproduced", ""],
+        ["02.number", "something", "0.9892", "0.9852 ± 0.0001 (n = 3)", "reproduced",
+         "off by 0.004, tolerance 0.004; fewer <images>"],
+        ["02.columns", "something: clean", "0.9", "0.9123 (n = 1)", "reproduced", "off by 0.0123, tolerance 0.05"],
+        ["02.columns", "something: fgsm", "0.5", "0.5 (n = 1)", "reproduced", "off by 0, tolerance 0.05"],
         ["02.order", "something", "–", "–", "not-testable", "x" * 80],
         ["02.shown", "something: nr", "–", "0.4 (n = 1)", "reproduced", ""],
         ["02.shown", "something: dnr", "–", "0.5 (n = 1)", "reproduced", ""]]
