@@ -41,8 +41,9 @@ lint: $(READY) ## check style, spelling, notebooks without outputs and the workf
 	@$(BIN)/nbstripout --keep-id --verify notebooks/*.ipynb
 	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
-clean: ## remove what was made, except the finished units of paper runs (_build/units) and .venv
-	@[ ! -d _build ] || find _build -mindepth 1 -maxdepth 1 ! -name units -exec rm -r {} +
+clean: ## remove what was made, except .venv and what paper runs go on from: _build/units, and the files they name
+	@[ ! -d _build ] || find _build -mindepth 1 -maxdepth 1 \
+	  ! -name units ! -name networks ! -name defences -exec rm -r {} +
 
 $(PEERS): tests/benchmarks/requirements.lock $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --upgrade \

@@ -79,11 +79,12 @@ def test_a_python_without_venv_is_refused_with_what_to_do(checkout, tmp_path):
     assert done.returncode and "apt install python3-venv" in done.stdout and not (tmp_path / ".venv").exists()
 
 
-def test_clean_keeps_the_units_of_long_runs(checkout, tmp_path):
-    for name in ("units", "html", "stage"):
+def test_clean_keeps_the_units_of_long_runs_and_the_files_that_they_name(checkout, tmp_path):
+    kept = ["defences", "networks", "units"]
+    for name in (*kept, "html", "stage"):
         (tmp_path / "_build" / name).mkdir(parents=True)
     assert checkout("clean")[0].returncode == 0
-    assert [path.name for path in (tmp_path / "_build").iterdir()] == ["units"]
+    assert sorted(path.name for path in (tmp_path / "_build").iterdir()) == kept
     shutil.rmtree(tmp_path / "_build")
     assert checkout("clean")[0].returncode == 0
 
