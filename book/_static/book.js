@@ -4,7 +4,22 @@ document.addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll(misnamed).forEach((control) => control.removeAttribute("aria-label"));
   document.querySelectorAll(".citation-list").forEach((list) => list.removeAttribute("role")); // it holds no list items
   document.querySelectorAll("table.ledger").forEach(makeLedger);
+  document.querySelectorAll(".eps-slider input").forEach(printLast);
 });
+
+// Paper shows a slider's last picture, the strongest attack: the first is the image before any.
+function printLast(slider) {
+  const move = (value) => {
+    slider.value = value;
+    slider.dispatchEvent(new Event("input"));
+  };
+  let shown = slider.value;
+  addEventListener("beforeprint", () => {
+    shown = slider.value;
+    move(slider.max);
+  });
+  addEventListener("afterprint", () => move(shown));
+}
 
 // The ledger can be searched, filtered and sorted; without this script it is a plain table.
 function makeLedger(table) {
@@ -33,8 +48,9 @@ function makeLedger(table) {
       const sign = head.ariaSort === "ascending" ? -1 : 1;
       table.querySelectorAll("th").forEach((other) => (other.ariaSort = null));
       head.ariaSort = sign > 0 ? "ascending" : "descending";
-      const value = (row) => row.cells[column].textContent;
-      rows.sort((a, b) => sign * value(a).localeCompare(value(b), "en", { numeric: true }));
+      const text = (row) => row.cells[column].textContent;
+      const number = (row) => (isNaN(parseFloat(text(row))) ? Infinity : parseFloat(text(row))); // words come last
+      rows.sort((a, b) => sign * (number(a) - number(b) || text(a).localeCompare(text(b), "en")));
       body.append(...rows);
     };
   });

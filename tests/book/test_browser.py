@@ -148,11 +148,18 @@ def test_a_slider_moves_under_a_finger(folder, visit):
     assert frames.last.is_visible() and not frames.first.is_visible()
 
 
-def test_print_shows_a_still_and_no_slider(folder, visit):
+def test_print_shows_the_strongest_attack_and_no_slider(folder, visit):
     page, _ = visit(folder / "notebooks/02_mixed_batch_adversarial_training.html")
-    page.emulate_media(media="print")
     figure = page.locator("main .eps-slider").first
-    assert figure.locator("img:visible").count() == 1 and not figure.locator("input").is_visible()
+    frames, slider = figure.locator("img"), figure.locator("input")
+    slider.focus()
+    page.keyboard.press("ArrowRight")
+    page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")  # the browser's own, before it lays out the paper
+    assert frames.last.is_visible() and figure.locator("img:visible").count() == 1 and not slider.is_visible()
+    assert figure.locator("output").inner_text() == frames.last.get_attribute("alt")
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert slider.input_value() == "1" and frames.nth(1).is_visible() and not frames.last.is_visible()
 
 
 def test_every_chapter_has_a_slider(site, folder, visit):
@@ -186,6 +193,10 @@ def test_the_ledger_can_be_searched_filtered_and_sorted(folder, visit):
     assert verdicts == sorted(verdicts) and not wrong
     page.get_by_role("button", name="Verdict").click()
     assert page.locator("table.ledger tbody tr td:nth-child(4)").all_inner_texts()[0] == verdicts[-1]
+    page.get_by_role("button", name="Paper").click()  # its numbers by their size: 0.00135, 0.9895, 0.99, 15.8
+    papers = page.locator("table.ledger tbody tr td:nth-child(2)").all_inner_texts()
+    numbers = [float(text) for text in papers if text != "–"]
+    assert len(numbers) > 9 and numbers == sorted(numbers) and set(papers[len(numbers):]) == {"–"}
 
 
 def test_figures_are_legible_on_a_dark_page(pages, visit):
