@@ -304,7 +304,8 @@ def build(book: Book) -> Path:
         for chapter in book.chapters():  # the page's own download button offers the notebook without card
             shutil.copy(book.output / f"stage/book/downloads/{chapter}.ipynb", new / "_sources/notebooks")
         scripts = {*new.glob("_static/mathjax/*.js")} - {new / "_static/mathjax/tex-chtml.js"}  # pages load this
-        for unused in [*scripts, *new.glob("_static/**/*.map")]:  # half of the site's bytes
+        spoken = [path for path in new.glob("_static/mathjax/sre/mathmaps/*.json") if path.stem not in ("base", "en")]
+        for unused in [*scripts, *spoken, *new.glob("_static/**/*.map")]:  # half of the site's bytes
             unused.unlink()
         if site.exists():
             site.rename(Path(made, "old"))

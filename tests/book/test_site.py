@@ -137,6 +137,8 @@ def test_mathematics_is_served_from_here(pages, folder):
     for path in users:
         assert any("_static/mathjax/tex-chtml.js" in address for address in pages[path].loads), path
     assert list((folder / "_static/mathjax").rglob("*.woff"))
+    spoken = {path.stem for path in folder.glob("_static/mathjax/sre/mathmaps/*")}  # for MathJax's own menu
+    assert spoken == {"base", "en"}
 
 
 def test_search_finds_the_primer(folder):
