@@ -52,7 +52,7 @@ class Closeness:
 
     def kde(self, features, classes, batch_size=500):
         """Logarithm of the mean kernel (Eqn. 9) between activations (n, d) and the points of `classes` (n,)."""
-        scores = np.empty(len(features), "float32")
+        classes, scores = check_labels(classes, len(features), len(self.points)), np.empty(len(features), "float32")
         for c, members in enumerate(self.points):
             rows, centre = np.flatnonzero(classes == c), members.mean(axis=0)
             for i in range(0, len(rows), batch_size):  # around their mean float32 has digits to spare
@@ -62,7 +62,8 @@ class Closeness:
 
     def kl(self, features, classes):
         """KL divergence (nats) of activations (n, d), turned into distributions, from the mean ones of `classes`."""
-        return np.take_along_axis(divergences(features, self.means()).numpy(), np.asarray(classes)[:, None], 1)[:, 0]
+        classes = check_labels(classes, len(features), len(self.points))
+        return np.take_along_axis(divergences(features, self.means()).numpy(), classes[:, None], 1)[:, 0]
 
     def means(self):
         """Mean distribution of each class, (classes, d): Q of Eqn. 12."""

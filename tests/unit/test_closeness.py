@@ -210,6 +210,14 @@ def test_bad_points_are_refused(labels, options, error, message):
         Closeness.fit(POINTS, labels, **{"bandwidth": SIGMA, "classes": CLASSES} | options)
 
 
+@pytest.mark.parametrize("measure", [NEAR.kde, NEAR.kl])
+def test_the_classes_asked_for_are_checked(measure):
+    np.testing.assert_array_equal(measure(QUERIES, ASKED.tolist()), measure(QUERIES, ASKED))
+    for classes, error in [(ASKED + 1, ValueError), (ASKED - 1, ValueError), (ASKED[1:], TypeError), (0, TypeError)]:
+        with pytest.raises(error, match="expected (11 integer labels|labels in 0...2)"):
+            measure(QUERIES, classes)
+
+
 def test_densities_and_divergences_compute_in_float64_too():
     """As `detection.guarded` needs them for checks by finite differences."""
     model, exact = network(), as_float64(network())
