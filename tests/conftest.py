@@ -32,11 +32,14 @@ def command(*arguments, cwd, **environment):
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
-    """The whole book in profile smoke, made by the command that `make book` calls, in an empty home and offline."""
+    """The book as readers get it, made by the command that `make book` calls, in an empty home and offline.
+
+    Every chapter runs in profile smoke; a page shows the committed paper run where that is fresh.
+    """
     output, home = tmp_path_factory.mktemp("output"), tmp_path_factory.mktemp("home")
-    done = command("book", "--show", "run", cwd=ROOT, HELPERS_OUTPUT=str(output), HOME=str(home), **OFFLINE)
+    done = command("book", cwd=ROOT, HELPERS_OUTPUT=str(output), HOME=str(home), **OFFLINE)
     assert done.returncode == 0, done.stdout + done.stderr
-    return Book(ROOT, output, show="run")
+    return Book(ROOT, output)
 
 
 @pytest.fixture

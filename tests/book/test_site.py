@@ -5,6 +5,7 @@ import re
 from html.parser import HTMLParser
 from urllib.parse import unquote, urlsplit
 
+import nbformat
 import pandas as pd
 import pytest
 import yaml
@@ -152,6 +153,14 @@ def test_pages_name_no_place_of_this_machine(pages, site):
             assert place not in text, f"{path.name}: {place}"
 
 
+def shown(site, chapter):
+    """The record that a page is about: the committed one while the code of its copy is that of the source."""
+    (executed, record), source = site.committed(chapter), site.source(chapter)
+    copy = nbformat.read(executed, 4) if executed.exists() else nbformat.v4.new_notebook()
+    sides = [[cell.source for cell in notebook.cells if cell.cell_type == "code"] for notebook in (copy, source)]
+    return Record.load(record if sides[0] == sides[1] else site.run(chapter)[1])
+
+
 def test_chapters_have_card_downloads_and_a_way_to_colab(site, folder, pages):
     repository = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
     name = repository["url"].removeprefix("https://github.com/")
@@ -160,11 +169,13 @@ def test_chapters_have_card_downloads_and_a_way_to_colab(site, folder, pages):
     for chapter in site.chapters():
         path = folder / f"notebooks/{chapter}.html"
         text, links = path.read_text(), pages[path].links
-        record = Record.load(site.run(chapter)[1])
-        assert "chapter-card" in text and record.created[:10] in text and record.provenance.device in text
+        record = shown(site, chapter)
+        assert f"Profile shown: {record.profile}." in text and "chapter-card" in text
+        assert record.created[:10] in text and record.provenance.device in text
         assert f"{colab}/{chapter}.ipynb" in links
         for suffix in ("ipynb", "json", "csv"):
             assert any(link.endswith(f"{chapter}.{suffix}") for link in links)
+        assert Record.load(next(folder.glob(f"_downloads/*/{chapter}.json"))) == record
         found = pd.read_csv(next(folder.glob(f"_downloads/*/{chapter}.csv")))
         assert set(found["Claim"]) == {claim.id for claim in record.claims}
 
