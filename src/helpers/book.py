@@ -198,6 +198,8 @@ def _kept(book):
 def ledger(book: Book) -> pd.DataFrame:
     """Every claim of the papers: what the committed paper-profile record found, the section that shows it, the run."""
     known, papers = claims(), yaml.safe_load((book.root / "book/claims.yml").read_text())["papers"]
+    if missing := {name[:2] for name in known} - papers.keys():
+        raise BookError(f"book/claims.yml: under papers, no entry for {', '.join(sorted(missing))}")
     chapters, kept = {name[:2]: name for name in book.chapters()}, _kept(book)
     found = {outcome.id: outcome for record in kept.values() for outcome in record.claims}
     frame = compare(dict.fromkeys(known) | found)

@@ -138,6 +138,14 @@ def test_the_ledger_holds_every_claim_once_and_says_where_there_is_no_record(tin
     assert list(several["Paper"]) == ["1", "0.8612", "1", "1"]
 
 
+def test_a_paper_that_is_not_listed_is_named(tiny):
+    book = tiny(RECORD)
+    path = book.root / "book/claims.yml"
+    path.write_text(re.sub(r'\n  "0[25]":.*', "", path.read_text()))
+    with pytest.raises(BookError, match="book/claims.yml: under papers, no entry for 02, 05$"):
+        ledger(book)
+
+
 def test_every_number_of_the_ledger_is_in_a_committed_record_and_its_section_in_a_chapter(tmp_path):
     book = Book(ROOT, tmp_path)
     frame, known = ledger(book), claims()

@@ -54,7 +54,7 @@ def own_claims(monkeypatch):
 def test_every_claim_of_the_book_is_complete():
     text = yaml.safe_load((ROOT / "book/claims.yml").read_text())
     known = claims()
-    assert len(known) == len(text["claims"]) == 73, "two claims share an id"
+    assert len(known) == len(text["claims"]) >= 73, "two claims share an id, or one is gone"
     for claim in known.values():
         assert re.fullmatch(r"\d\d\.\w+(\.\w+)+", claim.id)
         assert claim.id[:2] in text["papers"]
