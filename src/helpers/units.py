@@ -123,24 +123,37 @@ def _code(function):
     """Return the code that `function` runs, without comments, and the constants of its module that it uses."""
     if not inspect.isfunction(function) or not function.__name__.isidentifier() or function.__closure__:
         raise TypeError(f"function: got {function!r}, expected a plain function with a name and without a closure")
-    found, todo, modules = {}, {function.__qualname__: function}, {function.__module__}
+    found, todo, modules = {}, {function.__name__: function}, set()
     while todo:
-        label, used = todo.popitem()
-        found[label] = _bare(inspect.getsource(used))
-        modules |= _imported(found[label])
-        for name in _global_names(used.__code__) & used.__globals__.keys():
-            value = inspect.unwrap(used.__globals__[name])  # what a tf.function holds
-            if not hasattr(value, "__name__"):
-                found[name] = _json(f"global variable {name!r} of {function.__name__}", value)
-                continue
-            parts = [value]
-            if getattr(value, "__module__", None) == function.__module__:
-                members = inspect.getmembers(value, inspect.isfunction)
-                parts += [*getattr(value, "__mro__", ()), *(member for _, member in members)]
-            modules |= {getattr(part, "__module__", None) or part.__name__ for part in parts}
-            todo |= {part.__qualname__: part for part in parts if inspect.isfunction(part)
-                     and part.__module__ == function.__module__ and part.__qualname__ not in found}
+        label, value = todo.popitem()
+        value, uses = inspect.unwrap(value), {}  # what a tf.function or a class method holds
+        if not hasattr(value, "__name__"):
+            found[label] = _json(f"global variable {label!r} of {function.__name__}", value)
+            continue
+        modules.add(getattr(value, "__module__", None) or value.__name__)
+        if getattr(value, "__module__", None) != function.__module__:
+            continue
+        if inspect.isfunction(value):
+            found[label], known = _bare(inspect.getsource(value)), value.__globals__
+            modules |= _imported(found[label])
+            uses = {name: known[name] for name in _global_names(value.__code__) & known.keys()}
+        elif inspect.isclass(value):
+            found[label] = [base.__qualname__ for base in value.__mro__]
+            modules |= {base.__module__ for base in value.__mro__}
+            uses = _members(value)
+        todo |= {name: used for name, used in uses.items() if name not in found}
     return [function.__module__, function.__qualname__, sorted(found.items()), _helpers(modules)]
+
+
+def _members(kind):
+    """Return what a class and its bases in the same module hold: functions, those of properties, and plain values."""
+    body = {f"{base.__qualname__}.{name}": member for base in reversed(kind.__mro__)
+            if base.__module__ == kind.__module__ for name, member in vars(base).items()}
+    ends = {f"{name}.{end}": getattr(member, end, None) for name, member in body.items()
+            for end in ("fget", "fset", "fdel", "func")}  # of a property, or a functools.cached_property
+    return {name: end for name, end in ends.items() if end} | {
+        name: member for name, member in body.items() if inspect.isfunction(inspect.unwrap(member))
+        or not hasattr(member, "__get__") and not name.endswith(("__", "._abc_impl"))}
 
 
 def _helpers(modules):
