@@ -1,4 +1,4 @@
-"""What the benchmarks share: rounds in interleaved order, verdicts on targets, and one JSON file for each subject."""
+"""What the benchmarks share: rounds in interleaved order, verdicts on targets, and a file with each one's last run."""
 
 import helpers  # noqa: F401, I001 - first: it turns oneDNN on, which has to happen before TensorFlow loads
 
@@ -23,7 +23,7 @@ def parser(description):
     options.add_argument("--images", type=int, default=200, help="test images, in one batch")
     options.add_argument("--epochs", type=int, default=10, help="epochs of training before anything is measured")
     options.add_argument("--repeats", type=int, default=3, help="counted rounds")
-    options.add_argument("--output", type=Path, default=Path("_build"), help="folder of bench_<subject>.json")
+    options.add_argument("--output", type=Path, default=Path("_build"), help="folder of bench.json")
     return options
 
 
@@ -59,6 +59,8 @@ def report(subject, options, dataset, tables, **provenance):
         "provenance": made.model_dump() | provenance,
         "threads": tf.config.threading.get_intra_op_parallelism_threads() or made.cpu_count,
     } | {title: table.to_dict("index") for title, table in tables.items()}
-    with files.atomic(options.output / f"bench_{subject}.json") as path:
-        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    print(f"\nwritten to {options.output / f'bench_{subject}.json'}")
+    path = options.output / "bench.json"
+    every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    with files.atomic(path) as temporary:
+        temporary.write_text(json.dumps(every | {subject: content}, indent=1), encoding="utf-8")
+    print(f"\nwritten to {path}")
