@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, model_validator
 
 from helpers import __version__, files
 from helpers.profiles import PROFILES, known
-from helpers.units import earlier_seconds, versions
+from helpers.units import PACKAGES, earlier_seconds, versions
 
 _VERDICTS = ("reproduced", "direction", "not-reproduced", "not-testable")
 Verdict = Literal[_VERDICTS]
@@ -151,7 +151,7 @@ class Record(_Strict):
         return cls(chapter=chapter, profile=profile, created=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", provenance={
             "commit": commit, "dirty": dirty, "helpers_sha256": hashlib.sha256("".join(sums).encode()).hexdigest(),
             "python": platform.python_version(), "device": _device(), "cpu_count": os.cpu_count(), "seconds": 0.0,
-            "packages": versions("numpy", "scipy", "scikit-learn", "tensorflow", "keras"), "datasets": dict(datasets)})
+            "packages": versions(*PACKAGES), "datasets": dict(datasets)})
 
     def claim(self, id: str, values, note="", direction: bool | None = None, choice_tie=False) -> Verdict:
         """Add our `values` of a claim, one a seed (by column where the paper has several), and return the verdict.

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from helpers import files
 
+PACKAGES = ("numpy", "scipy", "scikit-learn", "scikit-image", "tensorflow", "keras")  # which may change a result
 _EARLIER = {}  # path of a unit: seconds, shared among the cores, that an earlier run spent on it
 _NO_COMPUTE = {"__init__", "__main__", "book", "cli", "figures", "files", "profiles", "records", "units"}
 
@@ -32,15 +33,15 @@ def run(function, grid, *, folder, n_jobs=None, label="", data=None) -> list[dic
     `function` is a plain function of plain JSON values, from a module or a notebook, and returns a dictionary of
     numbers, strings, lists and arrays, to which the "seconds" it took are added. Each result is kept in
     `folder/<function>/<key>.npz`. The key covers the arguments; the code (not its comments) of the function, of what it
-    uses from its own module, and of the helper modules that these use and import in turn; the versions of NumPy,
-    TensorFlow and Keras; and `data`, a plain value such as a data set's `sha256`.
+    uses from its own module, and of the helper modules that these use and import in turn; the versions of
+    `PACKAGES`; and `data`, a plain value such as a data set's `sha256`.
     `n_jobs` processes of one thread each compute; None means one per core, or a single one where a GPU is.
     Raises TypeError for arguments, results and global variables that are not such values, ValueError for `n_jobs` < 1.
     """
     jobs = n_jobs if n_jobs is not None else 1 if shutil.which("nvidia-smi") else cpu_count()
     if jobs < 1:
         raise ValueError(f"n_jobs: got {n_jobs}, expected None or at least 1")
-    base = [_code(function), versions("numpy", "tensorflow", "keras"), data]
+    base = [_code(function), versions(*PACKAGES), data]
     units = [(Path(folder) / function.__name__ / f"{_key(function, kwargs, base)}.npz", kwargs) for kwargs in grid]
     results, jobs = {path: _load(path) for path, _ in units}, max(1, min(jobs, len(units)))
     for path, result in results.items():

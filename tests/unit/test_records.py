@@ -285,7 +285,7 @@ def test_the_file_follows_the_schema_of_the_design(tmp_path):
     assert list(provenance) == ["commit", "dirty", "helpers_sha256", "python", "packages", "device", "cpu_count",
                                 "seconds", "datasets"]
     assert provenance["datasets"] == DATASETS
-    assert set(provenance["packages"]) == {"numpy", "scipy", "scikit-learn", "tensorflow", "keras"}
+    assert set(provenance["packages"]) == {"numpy", "scipy", "scikit-learn", "scikit-image", "tensorflow", "keras"}
     assert "unknown" not in provenance["packages"].values()
 
 

@@ -332,8 +332,11 @@ def test_arguments_data_and_versions_count(chapter, monkeypatch):
     assert chapter(MODULE, grid=[{"x": np.int64(1)}]) == 1
     assert chapter(MODULE, grid=[{"x": 2}]) == 2
     assert chapter(MODULE, grid=[{"x": 1}], data="another sha256") == 3
-    monkeypatch.setattr(units, "versions", lambda *names: dict.fromkeys(names, "9.9"))
-    assert chapter(MODULE, grid=[{"x": 1}]) == 4
+    versions = units.versions
+    for files, package in enumerate(["numpy", "scipy", "scikit-learn", "scikit-image", "tensorflow", "keras"], start=4):
+        monkeypatch.setattr(units, "versions", lambda *names, new=package: {
+            name: "9.9" if name == new else version for name, version in versions(*names).items()})
+        assert chapter(MODULE, grid=[{"x": 1}]) == files
 
 
 @pytest.fixture
