@@ -54,8 +54,8 @@ def tiny(tmp_path):
             shutil.copy(ROOT / "_config.yml", root)
             for path in [ROOT / "book/claims.yml", ROOT / "book/left.yml", *ROOT.glob("book/*.jinja")]:
                 shutil.copy(path, root / "book")
-            for page in ("index", "reading_results"):
-                (root / f"book/{page}.md").write_text(f"# {page}\n")
+            for page in ("index.md.jinja", "reading_results.md"):
+                (root / "book" / page).write_text(f"# {page}\n")
             (root / "book/references.bib").touch()
         cells = [new_markdown_cell("# Tiny chapter", id="title")]
         parameters = new_code_cell('PROFILE = "quick"', id="parameters", metadata={"tags": ["parameters"]})

@@ -255,7 +255,7 @@ def _left_standing(rows, folder):
 
 
 def stage(book: Book) -> None:
-    """Lay out what Sphinx reads in output/stage: the pages, the notebooks with outputs and card, ledger and status."""
+    """Lay out what Sphinx reads in output/stage: pages, notebooks with outputs and card, and the pages of templates."""
     stage = book.output / "stage"
     shutil.rmtree(stage, ignore_errors=True)
     unshown = shutil.ignore_patterns("executed", "results", "*.jinja")
@@ -273,7 +273,7 @@ def stage(book: Book) -> None:
     data = {"ledger": frame.to_dict("records"), "counts": _at_a_glance(frame, stage), "shown": shown, "stale": stale,
             "kept": _kept(book), "left": what_is_left(book)}
     _left_standing(data["left"], stage)
-    for name in ("ledger.md", "status.md"):
+    for name in ("index.md", "ledger.md", "status.md"):
         (stage / "book" / name).write_text(pages.get_template(f"{name}.jinja").render(data, runs=status(book)))
 
 

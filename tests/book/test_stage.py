@@ -186,6 +186,16 @@ def test_what_is_left_is_read_from_the_records_and_less_than_the_weak_attack_lea
         assert not curves or np.mean(row["informed"]["shares"]) < np.mean(row["weak"]["shares"])
 
 
+def test_the_index_says_what_its_first_figure_finds(tmp_path):
+    book = Book(ROOT, tmp_path)
+    stage(book)
+    verdicts = dict.fromkeys(["reproduced", "direction", "not-reproduced", "not-testable", "no record yet"], 0)
+    verdicts |= ledger(book).drop_duplicates("Claim")["Verdict"].value_counts()
+    text = (tmp_path / "stage/book/index.md").read_text()
+    (found,) = re.findall(r"at-a-glance\.png\n:alt: (.*)\n:name: ", text)
+    assert [int(number) for number in re.findall(r"\d+", found)] == [sum(verdicts.values()), *verdicts.values()]
+
+
 def test_a_series_that_no_record_has_is_named(tmp_path):
     for name in ("notebooks", "book"):
         shutil.copytree(ROOT / name, tmp_path / name)
@@ -219,7 +229,7 @@ def test_a_warning_fails_the_build_and_the_old_site_stays(tiny, capfd):
     book = tiny(RECORD)
     stage(book)
     before = build(book).stat().st_mtime_ns
-    (book.root / "book/index.md").write_text("# Index\n\n[broken](nowhere.md)\n")
+    (book.root / "book/index.md.jinja").write_text("# Index\n\n[broken](nowhere.md)\n")
     stage(book)
     with pytest.raises(BookError, match="exit code 1"):
         build(book)
