@@ -12,7 +12,7 @@ import pytest
 from conftest import RECORD, command
 
 import helpers.book
-from helpers.book import BookError, execute, status
+from helpers.book import Book, BookError, execute, status
 from helpers.records import Record
 
 
@@ -94,6 +94,37 @@ joblib.Parallel(2)(joblib.delayed(work)(n) for n in range(2))""")
     _, alive = psutil.wait_procs([psutil.Process(pid) for pid in started & set(psutil.pids())], timeout=20)
     assert not alive
     assert not any(path.exists() for path in book.run("02_tiny"))
+
+
+def test_a_killed_run_goes_on_where_it_stopped_and_ends_with_the_record_of_one_that_was_not_killed(tiny, tmp_path):
+    started, go = tmp_path / "started", tmp_path / "go"
+    book = tiny("import os, time\nfrom pathlib import Path\nimport numpy as np\nfrom helpers import files, units", f"""
+def work(seed):
+    with open({str(started)!r}, "a") as file:
+        file.write(f"{{seed}} ")
+    while seed and not Path({str(go)!r}).exists():
+        time.sleep(0.1)
+    return {{"values": np.random.default_rng(seed).random(3)}}
+found = units.run(work, [dict(seed=seed) for seed in range(3)], folder=files.output("units"), n_jobs=1)
+values = np.array([unit["values"] for unit in found])""", RECORD.replace("[0.9, 0.91, 0.92]", "values[:, 0]").replace(
+        "record.save()", "record.table('t', [dict(v=float(v)) for v in values.ravel()])\n"
+                         "record.curve('c', [0, 1, 2], dict(v=values))\nrecord.save()"))
+    running = subprocess.Popen([sys.executable, "-m", "helpers", "run"], cwd=book.root,
+                               env=os.environ | {"HELPERS_OUTPUT": str(book.output)})
+    deadline = time.monotonic() + 100
+    while not (started.exists() and started.read_text() == "0 1 ") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    kernel = psutil.Process(running.pid).children(recursive=True)
+    running.kill()
+    assert running.wait(20) and not psutil.wait_procs(kernel, timeout=20)[1] and not book.run("02_tiny")[1].exists()
+    go.touch()
+    whole = Book(book.root, tmp_path / "whole")
+    for one in (book, whole):
+        execute(one, one.chapters())
+    assert started.read_text() == "0 1 1 2 0 1 2 "
+    killed, never = (Record.load(one.run("02_tiny")[1]) for one in (book, whole))
+    assert killed.claims and killed.tables and killed.curves
+    assert all(getattr(killed, part) == getattr(never, part) for part in ("claims", "tables", "curves"))
 
 
 def test_the_kernel_is_this_python_whatever_the_user_has_installed(tiny, tmp_path):
