@@ -146,8 +146,8 @@ def pgd(model, x, y, threat, *, steps=40, step_size=None, restarts=1, losses=("c
     """Projected gradient descent with random starts (Madry et al. 2018); the best iterate of all restarts is kept.
 
     step_size : length of a step in pixel units; default 2.5 * eps / steps.
-    restarts : number of random starts; restart r uses loss `losses[r % len(losses)]`, each "cross-entropy",
-        "margin" or a function (logits, y) -> (n,) to ascend. The margin does not vanish where the softmax saturates.
+    restarts : number of random starts; restart r uses loss `losses[r % len(losses)]`, each one of `LOSSES` or a
+        function (logits, y) -> (n,) to ascend. The margin does not vanish where the softmax saturates.
     goal : function (logits, y) -> (n,), above 0 where the attack has won; the iterate that it values most is kept.
         When `targeted`, both turn round, as for the margin: below 0 is won, and the lowest value is kept.
     start : images (n, h, w, c) to begin the first run from, e.g. the result at a smaller eps; default a random start.
@@ -225,8 +225,9 @@ def normalised(model, x, y, target, *, step_size=0.1, steps=1000, loss="cross-en
         known("loss", loss, LOSSES)
     every = np.sqrt(np.prod(np.shape(x)[1:])) * (bounds[1] - bounds[0])  # a ball that holds all valid images
     threat = ThreatModel("l2", every, bounds)
-    target = _checked(model, x, target, threat, step_size=step_size, steps=steps, batch_size=batch_size)
-    if (same := np.flatnonzero(target == np.asarray(y))).size:
+    y, target = (_checked(model, x, labels, threat, step_size=step_size, steps=steps, batch_size=batch_size)
+                 for labels in (y, target))
+    if (same := np.flatnonzero(target == y)).size:
         raise ValueError(f"target equals y for the images {same[:5].tolist()}; expected another class than the true")
     loop, current = _loop(model, x.shape[1:], "l2", threat.bounds, loss, True, None), x.copy()
     eps = np.full((1, 1, 1, 1), threat.eps)
@@ -250,7 +251,9 @@ def ddn(model, x, y, *, steps=100, radius=1.0, gamma=0.05, targeted=False, bound
     beaten come back unchanged.
     """
     threat = ThreatModel("l2", radius, bounds)
-    y = _checked(model, x, y, threat, steps=steps, radius=radius, gamma=gamma, batch_size=batch_size)
+    y = _checked(model, x, y, threat, steps=steps, radius=radius, batch_size=batch_size)
+    if not 0 < gamma < 1:
+        raise ValueError(f"gamma is {gamma}; expected a number above 0 and below 1")
     loop, sign = _loop(model, x.shape[1:], "l2", threat.bounds, "cross-entropy", targeted, None), -1 if targeted else 1
     won = sign * _values(margin, model, x, y, batch_size) > 0
     best, nearness, current = x.copy(), np.where(won, 0, -np.inf), x.copy()
@@ -274,6 +277,8 @@ def lbfgs(model, x, target, *, searches=8, max_iterations=50, weights=(1e-3, 1e3
     smallest r that reaches the target is kept; images that never reach it come back unchanged.
     """
     target = _checked(model, x, target, ThreatModel("linf", 0), searches=searches, max_iterations=max_iterations)
+    if not 0 < weights[0] < weights[1] < np.inf:
+        raise ValueError(f"weights are {weights}; expected 0 < low < high")
     network = inference(model)
 
     @tf.function(reduce_retracing=True)

@@ -169,7 +169,7 @@ def compiled(model):
 
 
 def predict(model, x, batch_size):
-    """Outputs (n, classes) of `compiled(model)` for images `x` that are known to be valid, in batches."""
+    """Outputs (n, ...) of `compiled(model)` for images `x` that are known to be valid, in batches."""
     graph = compiled(model)
     return np.concatenate([graph(tf.constant(x[i : i + batch_size])) for i in range(0, len(x), batch_size)])
 

@@ -17,6 +17,8 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import SVC
 from tqdm import tqdm
 
+from helpers.threat import check_positive
+
 
 @dataclass(frozen=True, eq=False)
 class SVM:
@@ -188,10 +190,3 @@ def check_classes(y, least=1):
     if len(counts) < 2 or counts.min() < least:
         raise ValueError(f"y: samples by class are {counts.tolist()}; expected two classes or more, {least} of each")
     return len(counts)
-
-
-def check_positive(**values):
-    """Raise ValueError, with its name, unless every value is a finite number > 0."""
-    for name, value in values.items():
-        if not (np.isfinite(value) and value > 0):
-            raise ValueError(f"{name} is {value}; expected a finite number > 0")

@@ -1,11 +1,13 @@
 """What the attacker may do: a norm, a radius and the range of valid pixels; and the checks of arguments."""
 
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import numpy as np
 import tensorflow as tf
 
 NORMS = ("linf", "l2")
+_WHOLE = {"steps", "restarts", "queries", "searches", "max_iterations", "epochs", "batch_size"}
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,7 @@ class ThreatModel:
     norm : "linf" (largest change of a pixel) or "l2" (Euclidean length of the whole change).
     eps : radius in pixel units of [0, 1]; 0.1 is 25.5/255.
     bounds : (lowest, highest) value of a valid pixel.
-    Raises ValueError for another norm, an `eps` that is negative, not finite or in 0-255 units, and empty bounds.
+    Raises ValueError for another norm, empty bounds, an `eps` that is negative, not finite or (linf) in 0-255 units.
     """
 
     norm: str
@@ -91,7 +93,10 @@ def check_labels(y, n, classes):
 
 
 def check_positive(**numbers):
-    """Raise ValueError unless each number, None aside, is > 0."""
+    """Raise ValueError unless each number is finite and > 0; those of `_WHOLE` must be whole, others may be None."""
     for name, number in numbers.items():
-        if number is not None and not number > 0:
-            raise ValueError(f"{name} is {number}; expected a number > 0")
+        kind = "whole" if name in _WHOLE else "finite"
+        if number is None and kind == "finite":
+            continue
+        if (kind == "whole" and not isinstance(number, SupportsIndex)) or not 0 < number < np.inf:
+            raise ValueError(f"{name} is {number}; expected a {kind} number > 0")

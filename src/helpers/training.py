@@ -32,8 +32,6 @@ class Adversary:
     def __post_init__(self):
         ThreatModel("linf", self.eps)  # validates eps
         check_positive(steps=self.steps, step_size=self.step_size)
-        if not isinstance(self.steps, int):
-            raise ValueError(f"steps is {self.steps}; expected an integer")
 
     def craft(self, model, x, y, seed):
         """Adversarial images for one batch with the weights of this moment; tensors, for use in a graph."""

@@ -568,7 +568,7 @@ def test_a_radius_in_0_to_255_units_is_refused(name):
     lambda **options: attacks.pgd(NET, X, Y, ThreatModel("linf", 0.1), **options),
 ], ids=["bim", "pgd"])  # fmt: skip
 @pytest.mark.parametrize("name", ["steps", "step_size", "batch_size"])
-@pytest.mark.parametrize("value", [0, -1, float("nan")])
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
 def test_steps_and_sizes_are_positive(attack, name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}; expected"):
         attack(**{name: value})
@@ -576,6 +576,7 @@ def test_steps_and_sizes_are_positive(attack, name, value):
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"restarts": 0}, "restarts is 0"),
+    ({"steps": 2.5}, "steps is 2.5; expected a whole number"),
     ({"losses": "margin"}, "losses is 'margin'"),
     ({"losses": ("hinge",)}, "hinge"),
     ({"losses": ()}, r"losses is \(\)"),
@@ -593,6 +594,12 @@ def test_the_other_attacks_name_their_bad_options():
         attacks.square(NET, X, Y, 0.1, queries=0)
     with pytest.raises(ValueError, match="searches is 0"):
         attacks.lbfgs(NET, X, Y, searches=0)
+    for weights in [(1e3, 1e-3), (0, 1), (1, 1), (1, np.inf), (np.nan, 1)]:
+        with pytest.raises(ValueError, match="weights are .*; expected 0 < low < high"):
+            attacks.lbfgs(NET, X, Y, weights=weights)
+    for gamma in (0, 1, 1.5, np.nan):
+        with pytest.raises(ValueError, match=f"gamma is {gamma}; expected a number above 0 and below 1"):
+            attacks.ddn(NET, X, Y, gamma=gamma)
     with pytest.raises(ValueError, match="norm is 'l1'"):
         attacks.pgd(NET, X, Y, ThreatModel("l1", 0.1))
 
@@ -665,6 +672,11 @@ def test_the_true_class_is_no_target():
     target[[2, 5]] = Y[[2, 5]]
     with pytest.raises(ValueError, match=r"target equals y for the images \[2, 5\]"):
         attacks.normalised(NET, X, Y, target)
+    for y, error, message in BAD_LABELS.values():
+        with pytest.raises(error, match=message):
+            attacks.normalised(NET, X, y, (Y + 1) % 3)
+        with pytest.raises(error, match=message):
+            attacks.normalised(NET, X, (Y + 1) % 3, y)
     with pytest.raises(ValueError, match="step_size is 0"):
         attacks.normalised(NET, X, Y, (Y + 1) % 3, step_size=0)
     with pytest.raises(ValueError, match="did you mean 'logit'"):

@@ -168,7 +168,7 @@ def test_an_attack_gets_through_total_variation_by_bpda_alone():
 
 @pytest.mark.parametrize("weight", [0, -1.0, float("nan")])
 def test_a_weight_of_total_variation_that_is_not_positive_is_refused(weight):
-    with pytest.raises(ValueError, match="weight is .* expected a number > 0"):
+    with pytest.raises(ValueError, match="weight is .* expected a finite number > 0"):
         TotalVariation(weight)
 
 
@@ -236,7 +236,7 @@ def test_the_same_seed_gives_the_same_purifier():
     ({"x": X.astype("float64")}, TypeError, "expected a float32 NumPy array"),
     ({"weight": -1.0}, ValueError, "weight is -1.0; expected a finite number >= 0"),
     ({"weight": float("nan")}, ValueError, "weight is nan"),
-    ({"epochs": 0}, ValueError, "epochs is 0; expected a number > 0"),
+    ({"epochs": 0}, ValueError, "epochs is 0; expected a whole number > 0"),
     ({"learning_rate": 0}, ValueError, "learning_rate is 0"),
 ])  # fmt: skip
 def test_bad_input_of_the_training_is_named(change, error, message):

@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 
-from helpers.threat import NORMS, ThreatModel, check_images, check_labels
+from helpers.threat import NORMS, ThreatModel, check_images, check_labels, check_positive
 
 SHAPE = (3, 4, 4, 2)
 quickly = settings(max_examples=30, deadline=None, derandomize=True)
@@ -179,3 +179,17 @@ def test_good_images_and_labels_pass(x):
     check_images(x)
     check_labels([0, 1, 2], 3, 3)
     check_labels(np.array([2, 2, 0], "uint8"), 3, 3)
+
+
+@pytest.mark.parametrize(("name", "number", "expected"), [
+    ("gamma", 0, "finite"), ("gamma", -1.0, "finite"), ("gamma", np.nan, "finite"), ("gamma", np.inf, "finite"),
+    ("steps", 0, "whole"), ("steps", 2.5, "whole"), ("restarts", 2.0, "whole"), ("batch_size", -1, "whole"),
+    ("batch_size", None, "whole"), ("epochs", np.nan, "whole"), ("queries", np.float64(3), "whole"),
+])  # fmt: skip
+def test_numbers_that_are_not_positive_or_not_whole_are_named(name, number, expected):
+    with pytest.raises(ValueError, match=f"{name} is {number}; expected a {expected} number > 0"):
+        check_positive(eps=1, **{name: number})
+
+
+def test_positive_and_whole_numbers_pass():
+    check_positive(gamma=1e-300, C=np.float32(0.1), step_size=None, steps=1, batch_size=np.int64(7), epochs=True)

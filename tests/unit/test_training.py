@@ -311,6 +311,8 @@ def test_only_what_is_asked_for_is_recorded_and_shown(capsys):
     ({"batch_size": 0}, ValueError, "batch_size is 0"),
     ({"learning_rate": -0.1}, ValueError, "learning_rate is -0.1"),
     ({"learning_rate": float("nan")}, ValueError, "learning_rate is nan"),
+    ({"learning_rate": float("inf")}, ValueError, "learning_rate is inf"),
+    ({"epochs": 1.5}, ValueError, "epochs is 1.5; expected a whole number"),
 ])  # fmt: skip
 def test_bad_arguments_of_fit_are_named(options, error, message):
     model = plain()
@@ -334,7 +336,7 @@ def test_bad_validation_data_is_refused_before_training():
 
 def test_training_stops_when_the_loss_is_lost():
     with pytest.raises(FloatingPointError, match="the loss is nan in epoch 1.*learning_rate"):
-        fit(plain(), X, Y, epochs=3, batch_size=4, learning_rate=float("inf"))
+        fit(plain(), X, Y, epochs=3, batch_size=4, learning_rate=1e38)
 
 
 def test_a_network_that_ends_in_a_softmax_is_not_trained():
