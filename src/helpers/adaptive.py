@@ -83,12 +83,10 @@ def strong(
     `density`, from `kernel_density`, adds `weight` times the log-density of the wrong class to the loss. `label` is the
     text of the progress bar; None shows none.
     """
-    check_positive(steps=steps, restarts=restarts, width=width)
-    order = evaluate(Defence(defence.network), x)[:, :-1]
-    classes = order.shape[1]
-    y = check_labels(y, len(x), classes)
-    order[np.arange(len(x)), y] = -np.inf
-    order = np.argsort(-order, axis=1)
+    check_images(x, bounds=threat.bounds)
+    check_positive(steps=steps, restarts=restarts, width=width, batch_size=batch_size)
+    order = _wrong_classes(Defence(defence.network), x, y)
+    y, classes = np.asarray(y, "int64"), order.shape[1]
     soft, success = evasion(classes, 1), evasion(classes)
     hard = success if density is None else dense_evasion(classes, weight)
     best, score = x.copy(), success(evaluate(defence, x), y).numpy()
@@ -117,6 +115,13 @@ def strong(
         if left.size:
             keep(left, start)
     return best
+
+
+def _wrong_classes(defence, x, y):
+    """Classes (n, classes) of images `x`, from the most to the least probable for `defence`; the true ones `y` last."""
+    z = evaluate(defence, x)[:, :-1]
+    z[np.arange(len(x)), check_labels(y, *z.shape)] = -np.inf
+    return np.argsort(-z, axis=1, kind="stable")
 
 
 def nearest_starts(defence, x, y, threat, x_train, y_train, candidates=5):
@@ -164,11 +169,9 @@ def algorithm_1(
     images like `x`, and the number of steps that each image took, (n,) int.
     """
     check_images(x, bounds=threat.bounds)
-    check_positive(step_size=step_size, steps=steps, tolerance=tolerance)
-    z = evaluate(defence, x)[:, :-1]
-    check_labels(y, len(x), z.shape[1])
-    z[np.arange(len(x)), y] = -np.inf
-    signs = 2.0 * (np.arange(z.shape[1]) == z.argmax(axis=1)[:, None]) - 1
+    check_positive(step_size=step_size, steps=steps, tolerance=tolerance, batch_size=batch_size)
+    order = _wrong_classes(defence, x, y)
+    signs = 2.0 * (np.arange(order.shape[1]) == order[:, :1]) - 1
     step = _hinge_step(defence, x.shape[1:], threat.norm, threat.bounds)
     current, taken, last = threat.random_start(x, seed), np.zeros(len(x), int), np.full(len(x), np.inf)
     active = np.arange(len(x))

@@ -7,7 +7,7 @@ combining SVM). The machines are those of `helpers.svm`, one a class against the
 import hashlib
 import json
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import keras
@@ -17,7 +17,7 @@ from scipy.special import expit, logit
 
 from helpers import files, models, svm
 from helpers.svm import SVM
-from helpers.threat import check_images, check_labels
+from helpers.threat import check_images, check_labels, check_positive
 
 OUTCOMES = ("correct", "rejected", "evaded")
 _ARRAYS = ("vectors", "columns", "weights", "bias")
@@ -122,6 +122,7 @@ def rates(results):
 # ── Fitting ──
 
 
+@lru_cache(maxsize=8)
 def feature_network(network, layers):
     """Keras network from images to the outputs of `layers`, counted as in paper 01, Table 1."""
     counted = [layer for layer in network.layers if not isinstance(layer, _UNCOUNTED)]
@@ -133,7 +134,7 @@ def feature_network(network, layers):
 def features(network, x, layers, batch_size=500):
     """Outputs (n, p) float32 of each of `layers` for images `x`, in test mode."""
     check_images(x)
-    graph = models.compiled(feature_network(network, layers))
+    graph = models.compiled(feature_network(network, tuple(layers)))
     parts = [tf.nest.flatten(graph(tf.constant(x[i : i + batch_size]))) for i in range(0, len(x), batch_size)]
     return [np.concatenate([part[i] for part in parts]).reshape(len(x), -1) for i in range(len(layers))]
 
@@ -154,13 +155,15 @@ def fit(network, x, y, *, layers=(5, 7, 8), C=0.1, gamma=0.01, folds=None, theta
     Defence whose probabilities were calibrated on 5-fold scores of its last SVM, as scikit-learn's `predict_proba`.
     """
     check_images(x)
-    check_labels(y, len(x), int(np.max(y)) + 1)
+    y, layers = check_labels(y, len(x), int(np.max(y)) + 1), tuple(layers)
+    if folds is not None and folds not in range(2, len(y) + 1):
+        raise ValueError(f"folds is {folds}; expected None or a whole number from 2 to {len(y)}")
     parts = [*layers, "combiner"]
     C, gamma = (value if isinstance(value, dict) else dict.fromkeys(parts, value) for value in (C, gamma))
     for part in parts[: len(layers) + (len(layers) > 1)]:
         if None in (C.get(part), gamma.get(part)):
             raise ValueError(f"C and gamma lack {part!r}; expected a number, or one for each of {parts}")
-        svm.check_positive(C=C[part], gamma=gamma[part])
+        check_positive(C=C[part], gamma=gamma[part])
     svm.check_classes(y, max(5, folds or 0))
     feature_network(network, layers), Defence(network).at(theta)  # refuse bad ones before the work, not after it
     svms, scores = [], []
@@ -179,7 +182,7 @@ def fit(network, x, y, *, layers=(5, 7, 8), C=0.1, gamma=0.01, folds=None, theta
         gram = svm.kernel(svm.squared_distances(stacked), gamma[n])
         combiner = SVM.of(stacked, *svm.duals(gram, y, C[n], label and f"{label}, {n}"), gamma[n], C[n])
     lines = svm.platt(svm.out_of_fold(gram, y, C[n]), y)
-    return Defence(network, tuple(layers), tuple(svms), combiner, lines).at(theta)
+    return Defence(network, layers, tuple(svms), combiner, lines).at(theta)
 
 
 def prepare(network, x, layers, label=None):

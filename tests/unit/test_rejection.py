@@ -230,6 +230,9 @@ def test_a_smaller_gamma_widens_the_kernel(dnr):
 def test_features_are_the_layers_outputs_in_test_mode(network):
     assert [h.shape for h in rejection.features(network, X, (1, 2, 3, 5))] == [(90, 144), (90, 36), (90, 8), (90, 3)]
     np.testing.assert_allclose(rejection.features(network, X, (5,))[0], network(X, training=False), atol=1e-5)
+    graphs = models.compiled.cache_info().misses
+    rejection.features(network, X, [5])
+    assert models.compiled.cache_info().misses == graphs, "traced once"
 
 
 def test_dnr_is_a_combiner_on_the_scores_of_its_layers(dnr):
@@ -287,6 +290,11 @@ def test_shared_distances_and_a_second_fit_give_the_same(network, dnr):
     np.testing.assert_array_equal(rejection.evaluate(again, NEW), rejection.evaluate(dnr, NEW))
 
 
+def test_labels_and_layers_may_be_lists(network, nr):
+    again = rejection.fit(network, X, Y.tolist(), layers=[4], C=1.0, gamma=0.05)
+    np.testing.assert_array_equal(rejection.evaluate(again, NEW), rejection.evaluate(nr, NEW))
+
+
 def test_fitting_shows_progress_where_asked(network, capsys):
     rejection.fit(network, X, Y, layers=(4,), C=1.0)
     assert capsys.readouterr().err == ""
@@ -338,8 +346,12 @@ def test_a_damaged_or_missing_file_is_named(nr, tmp_path):
     ({"y": Y[:-1]}, TypeError, "90 integer labels"),
     ({"y": Y.astype(float)}, TypeError, "integer labels"),
     ({"x": 255 * X}, ValueError, "expected pixels in"),
+    ({"folds": 0}, ValueError, "folds is 0; expected None or a whole number from 2 to 90"),
+    ({"folds": 1}, ValueError, "folds is 1"),
+    ({"folds": 2.5}, ValueError, "folds is 2.5"),
 ])  # fmt: skip
-def test_bad_arguments_of_fit_are_named(network, options, error, message):
+def test_bad_arguments_of_fit_are_named_before_the_work(network, monkeypatch, options, error, message):
+    monkeypatch.setattr(rejection, "features", None)
     with pytest.raises(error, match=message):
         rejection.fit(network, **{"x": X, "y": Y, "layers": (3, 4)} | options)
 
@@ -357,9 +369,8 @@ def test_a_rate_that_is_none_is_refused(nr, rate):
 
 def test_too_many_samples_are_refused_before_the_work(monkeypatch):
     monkeypatch.setattr(svms, "_free_memory", lambda: 1e6)
-    monkeypatch.setattr(np, "einsum", None)  # would be called first
-    with pytest.raises(MemoryError, match=r"400 samples need 0.00232 GB .* 0.001 GB are free: fit at most 262"):
-        svms.squared_distances(np.zeros((400, 3), "float32"))
+    with pytest.raises(MemoryError, match=r"1,000,000 samples need 1.45e\+04 GB .* 0.001 GB are free: fit at most 262"):
+        svms.squared_distances(np.broadcast_to(np.float32(0), (10**6, 3)))  # whose work would need 4 TB
 
 
 def test_bad_values_of_the_grid_are_refused():
@@ -415,8 +426,9 @@ def test_more_restarts_and_the_smoothed_half_never_lose_an_image(dnr):
     assert all((gain >= clean).all() for gain in gains) and (gains[2] > clean).any()
 
 
-@pytest.mark.parametrize("options", [{"steps": 0}, {"restarts": 0}, {"width": -1.0}])
-def test_bad_arguments_of_the_strong_attack_are_named(nr, options):
+@pytest.mark.parametrize("options", [{"steps": 0}, {"restarts": 0}, {"width": -1.0}, {"batch_size": -1}])
+def test_bad_arguments_of_the_strong_attack_are_named_before_the_work(nr, monkeypatch, options):
+    monkeypatch.setattr(adaptive, "evaluate", None)
     with pytest.raises(ValueError, match=f"{next(iter(options))} is"):
         adaptive.strong(nr, NEW, NEW_Y, ThreatModel("l2", 1.0), X, Y, **options)
 
@@ -488,7 +500,7 @@ def test_the_density_pulls_towards_the_wrong_class(nr):
         adaptive.kernel_density(X, Y, 0)
 
 
-@pytest.mark.parametrize("options", [{"step_size": 0}, {"steps": 0}, {"tolerance": -1}])
+@pytest.mark.parametrize("options", [{"step_size": 0}, {"steps": 0}, {"tolerance": -1}, {"batch_size": -1}])
 def test_bad_arguments_of_algorithm_1_are_named(nr, options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} is"):
         adaptive.algorithm_1(nr, NEW, NEW_Y, ThreatModel("l2", 1.0), **{"step_size": 0.1} | options)
