@@ -28,6 +28,7 @@ import pandas as pd
 import psutil
 import yaml
 from docutils.nodes import make_id
+from joblib import cpu_count
 
 from helpers.files import atomic
 from helpers.profiles import PROFILES
@@ -81,7 +82,7 @@ def execute(book: Book, chapters: list[str]) -> None:
 
     Raises BookError with the name, cell and error of every chapter that failed: such a chapter leaves no output.
     """
-    cores = os.cpu_count() or 1
+    cores = cpu_count()
     jobs = max(1, min(len(chapters), cores if book.profile == "smoke" else cores // 4))  # other units use all cores
     with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
         futures = {name: pool.submit(_execute, book, name, LIMITS[book.profile], cores // jobs) for name in chapters}
@@ -149,8 +150,9 @@ def publish(book: Book, chapter: str) -> None:
     (ran, record), (executed, paper) = book.run(chapter), book.committed(chapter)
     if (page := _graft(book, chapter, ran)) is None:
         raise BookError(f"{chapter}: the notebook's code has changed since {ran} was run")
-    if len(text := nbformat.writes(page) + "\n") > MAX_BYTES:
-        raise BookError(f"{chapter}: the executed copy has {len(text):,} bytes, more than {MAX_BYTES:,}")
+    text = nbformat.writes(page) + "\n"
+    if (size := len(text.encode())) > MAX_BYTES:
+        raise BookError(f"{chapter}: the executed copy has {size:,} bytes, more than {MAX_BYTES:,}")
     for path, content in ((executed, text), (paper, record.read_text())):
         with atomic(path) as temporary:
             temporary.write_text(content)

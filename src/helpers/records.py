@@ -1,7 +1,6 @@
 """Result records: what the papers claim, what we found for each claim, the verdict, and where the numbers came from."""
 
 import hashlib
-import os
 import platform
 import re
 import shutil
@@ -15,6 +14,7 @@ from typing import Annotated, Literal
 import numpy as np
 import pandas as pd
 import yaml
+from joblib import cpu_count
 from pydantic import BaseModel, Field, NonNegativeInt, model_validator
 
 from helpers import __version__, files
@@ -150,7 +150,7 @@ class Record(_Strict):
         sums = (f"{files.sha256(path)}  {path.name}\n" for path in sorted(_PACKAGE.glob("*.py")))  # as sha256sum prints
         return cls(chapter=chapter, profile=profile, created=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", provenance={
             "commit": commit, "dirty": dirty, "helpers_sha256": hashlib.sha256("".join(sums).encode()).hexdigest(),
-            "python": platform.python_version(), "device": _device(), "cpu_count": os.cpu_count(), "seconds": 0.0,
+            "python": platform.python_version(), "device": _device(), "cpu_count": cpu_count(), "seconds": 0.0,
             "packages": versions(*PACKAGES), "datasets": dict(datasets)})
 
     def claim(self, id: str, values, note="", direction: bool | None = None, choice_tie=False) -> Verdict:

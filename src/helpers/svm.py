@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
+from joblib import cpu_count
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import SVC
@@ -137,7 +138,7 @@ def duals(gram, y, C, label=None):
         column[svm.support_] = svm.dual_coef_[0]
         return column, svm.intercept_[0]
 
-    with ThreadPoolExecutor(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count())) as pool:  # libsvm frees the GIL
+    with ThreadPoolExecutor(int(os.environ.get("OMP_NUM_THREADS") or cpu_count())) as pool:  # libsvm frees the GIL
         found = pool.map(one, range(classes))
         found = list(tqdm(found, desc=label, total=classes, disable=label is None, unit="class"))
     return np.stack([column for column, _ in found], axis=1), np.array([bias for _, bias in found])

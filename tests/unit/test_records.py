@@ -447,6 +447,11 @@ def test_outside_a_repository_the_version_stands_in(checkout, monkeypatch):
     assert records._revision() == expected  # installed inside somebody else's repository
 
 
+def test_the_cores_are_those_that_the_process_may_use(monkeypatch):
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    assert start().provenance.cpu_count == 1
+
+
 def test_the_device_is_the_gpu_where_tensorflow_sees_one(tmp_path, monkeypatch):
     config = SimpleNamespace(list_physical_devices=lambda kind: [SimpleNamespace(name="/gpu:0")],
                              experimental=SimpleNamespace(get_device_details=lambda gpu: {"device_name": "Tesla T4"}))

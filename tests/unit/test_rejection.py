@@ -104,6 +104,16 @@ def test_distances_do_not_depend_on_the_blocks(rows):
     assert not found.diagonal().any() and found.dtype == np.float32
 
 
+@pytest.mark.parametrize(("omp", "threads"), [("", 1), ("3", 3)])
+def test_the_machines_are_fitted_on_the_cores_that_the_process_may_use(monkeypatch, omp, threads):
+    asked, pool = [], svms.ThreadPoolExecutor
+    monkeypatch.setattr(svms, "ThreadPoolExecutor", lambda n: asked.append(n) or pool(n))
+    monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    fitted(*blobs(), 1.0, 0.1)
+    assert asked == [threads]
+
+
 def test_out_of_fold_scores_come_from_the_other_folds():
     """Labels that cannot be learnt: in-sample scores know them by heart, out-of-fold scores do not."""
     rng = np.random.default_rng(0)
