@@ -130,7 +130,7 @@ def verdict_bars(counts):
 def left_standing(shares):
     """What two attackers leave of each defence; `shares`: label -> (weak, informed), each a list of one rate a seed."""
     ax = _axes(1, 1, 7.4, 1.4 + 0.62 * len(shares))[0, 0]
-    looks = {"the paper's kind of attack": ("o", "none", KNOWLEDGE["unaware"]),
+    looks = {"the paper's own attack, or one that ignores the defence": ("o", "none", KNOWLEDGE["unaware"]),
              "an attacker who knows the defence": ("D", "full", KNOWLEDGE["informed"])}  # fmt: skip
     marks = {}
     for row, ends in enumerate(shares.values()):
