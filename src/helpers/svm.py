@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 from helpers.threat import check_positive
 
+_MEMINFO, _GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")  # of Linux: the machine, and its version 2 containers
+
 
 @dataclass(frozen=True, eq=False)
 class SVM:
@@ -113,10 +115,14 @@ def squared_distances(a, rows=512, label=None):
 
 
 def _free_memory():
-    """Bytes that can be had without swapping; infinite where the system does not say."""
-    meminfo = Path("/proc/meminfo")
-    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
-    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), np.inf)
+    """Bytes that can be had without swapping, within the container's limit; infinite where the system does not say."""
+    paths = _MEMINFO, *(_GROUP / f"memory.{name}" for name in ("max", "current", "stat"))
+    machine, limit, used, stat = (path.read_text().split() if path.exists() else [] for path in paths)
+    free = 1024.0 * int(machine[machine.index("MemAvailable:") + 1]) if "MemAvailable:" in machine else np.inf
+    if used and "".join(limit).isdecimal():  # it is "max" where there is none
+        cache = int(stat[stat.index("inactive_file") + 1]) if "inactive_file" in stat else 0  # which makes way
+        free = min(free, max(0, int(limit[0]) - int(used[0]) + cache))
+    return free
 
 
 def kernel(distances, gamma):

@@ -383,6 +383,23 @@ def test_too_many_samples_are_refused_before_the_work(monkeypatch):
         svms.squared_distances(np.broadcast_to(np.float32(0), (10**6, 3)))  # whose work would need 4 TB
 
 
+@pytest.mark.parametrize(("files", "free"), [
+    ({}, np.inf), ({"meminfo": "MemTotal: 9 kB\n"}, np.inf),
+    ({"meminfo": "MemTotal: 9 kB\nMemAvailable:  4 kB\n"}, 4096),
+    ({"memory.max": "5000\n", "memory.current": "2000\n"}, 3000),
+    ({"memory.max": "5000\n", "memory.current": "4000\n", "memory.stat": "anon 7\ninactive_file 1500\n"}, 2500),
+    ({"memory.max": "5000\n", "memory.current": "5001\n"}, 0), ({"memory.max": "5000\n"}, np.inf),
+    ({"memory.max": "max\n", "memory.current": "2000\n", "meminfo": "MemAvailable: 4 kB"}, 4096),
+    ({"memory.max": "9000\n", "memory.current": "2000\n", "meminfo": "MemAvailable: 4 kB"}, 4096),
+])  # fmt: skip
+def test_free_memory_is_the_machine_s_and_within_the_container_s_limit(tmp_path, monkeypatch, files, free):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(svms, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(svms, "_GROUP", tmp_path)
+    assert svms._free_memory() == free
+
+
 def test_bad_values_of_the_grid_are_refused():
     h, y = blobs()
     with pytest.raises(ValueError, match="gamma is 0"):
