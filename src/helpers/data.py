@@ -104,7 +104,7 @@ def _find(name, mirror):
     path, expected = Path(mirror or "", f"{name}.npz"), _SOURCES[name]["sha256"]
     if mirror and path.exists():
         files.check(path, expected)
-        return _read_npz(path), "mirror"
+        return files.read_npz(path), "mirror"
     cache, fetched = pooch.os_cache("adversarial-defences-book") / name, []
 
     def download(url, output_file, caller):
@@ -120,11 +120,6 @@ def _find(name, mirror):
     return _READERS.get(name, _read_images)(name, paths), "download" if fetched else "cache"
 
 
-def _read_npz(path):
-    with np.load(path, allow_pickle=False) as npz:
-        return dict(npz)
-
-
 def _read_idx(name, paths):
     """Return the arrays of gzipped idx files: number of axes in byte 3, big-endian sizes, then the bytes."""
     raw = [gzip.decompress(path.read_bytes()) for path in paths]
@@ -134,7 +129,7 @@ def _read_idx(name, paths):
 
 def _read_images(name, paths):
     """Return the arrays of a set whose images lie in one archive, or in one file each (the photos)."""
-    selections = _read_npz(Path(__file__).with_name("selections.npz"))
+    selections = files.read_npz(Path(__file__).with_name("selections.npz"))
     arrays = {key.split("/")[1]: value for key, value in selections.items() if key.startswith(f"{name}/")}
     if name == "imagenet_photos":
         return arrays | {"x": _squares(map(Path.read_bytes, paths), 299, "RGB")}
@@ -182,4 +177,4 @@ def _textures():
 
 
 _EMBEDDED = {"digits": _digits, "textures": _textures}
-_READERS = {"mnist": lambda name, paths: _read_npz(paths[0]), "fashion_mnist": _read_idx}
+_READERS = {"mnist": lambda name, paths: files.read_npz(paths[0]), "fashion_mnist": _read_idx}

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: checksums and atomic writes."""
+"""Files that are whole or absent: checksums, atomic writes, and files that are named after what they hold."""
 
 import hashlib
 import os
@@ -6,6 +6,8 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
 
 
 def output(*parts: str) -> Path:
@@ -23,6 +25,25 @@ def check(path: str | Path, expected: str) -> None:
     """Raise ValueError, which names `path`, if its SHA-256 is not `expected`."""
     if (found := sha256(path)) != expected:
         raise ValueError(f"{path} is corrupt, truncated or another file: SHA-256 is {found}, expected {expected}")
+
+
+def read_npz(path: str | Path) -> dict[str, np.ndarray]:
+    """Return the arrays of a file of NumPy; no pickle is loaded."""
+    with np.load(path, allow_pickle=False) as npz:
+        return dict(npz)
+
+
+def kept(path: str | Path, read, digest):
+    """Return `read(path)`, whose `digest` is its file name; FileNotFoundError or ValueError name it and what to do."""
+    path, again = Path(path), "remove the folder 'units' beside its folder and run again"
+    if not path.exists():
+        raise FileNotFoundError(f"no file {path}; {again}")
+    try:
+        if digest(content := read(path)) == path.stem:
+            return content
+        raise ValueError("its content is not that of its name")
+    except Exception as error:  # whatever goes wrong, it is the file that is wrong
+        raise ValueError(f"{path} is damaged: {error}; remove it, {again}") from error
 
 
 @contextmanager

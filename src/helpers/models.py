@@ -206,17 +206,8 @@ def load(path, seed=0):
     Sets Keras' random seed, from which the network's dropout draws its masks if it is trained further.
     Raises FileNotFoundError or ValueError, which name the file, if it is not there or is damaged.
     """
-    path, again = Path(path), "remove the folder 'units' beside its folder and run again"
-    if not path.exists():
-        raise FileNotFoundError(f"no network {path}; {again}")
     keras.utils.set_random_seed(seed)
-    try:
-        model = keras.saving.load_model(path, compile=False, safe_mode=True)
-    except Exception as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it, {again}") from error
-    if digest(model) != path.stem:
-        raise ValueError(f"{path} is damaged: its weights are not those of its name")
-    return model
+    return files.kept(path, partial(keras.saving.load_model, compile=False, safe_mode=True), digest)
 
 
 def digest(model):

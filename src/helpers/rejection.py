@@ -210,19 +210,9 @@ def save(defence, folder):
 
 def load(path):
     """The defence of a file that `save` wrote; FileNotFoundError or ValueError, naming it, where it is not whole."""
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no defence {path}; remove the folder 'units' beside its folder and run again")
-    try:
-        with np.load(path, allow_pickle=False) as npz:
-            arrays = dict(npz)
-        whole = _digest(arrays) == path.stem
-    except Exception as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it and the folder 'units', and run again") from error
-    if not whole:
-        raise ValueError(f"{path} is damaged: its arrays are not those of its name")
+    arrays = files.kept(path, files.read_npz, _digest)
     about = json.loads(arrays["about"].item())
-    network = models.load(path.parent / about["network"])
+    network = models.load(Path(path).with_name(about["network"]))
     svms = [SVM(*(arrays[f"{i}.{name}"] for name in _ARRAYS), **kept) for i, kept in enumerate(about["svms"])]
     n = len(about["layers"])
     return Defence(network, tuple(about["layers"]), tuple(svms[:n]), svms[n] if len(svms) > n else None,

@@ -328,13 +328,13 @@ def test_a_damaged_or_missing_file_is_named(nr, tmp_path):
     path = tmp_path / rejection.save(nr, tmp_path)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=f"{path.name} is damaged"):
+    with pytest.raises(ValueError, match=f"{path.name} is damaged: .*; remove it, remove the folder 'units'"):
         rejection.load(path)
     with np.load(tmp_path / rejection.save(replace(nr, threshold=0.5), tmp_path)) as npz:
         np.savez(path, **npz)  # whole, and another defence
-    with pytest.raises(ValueError, match="not those of its name"):
+    with pytest.raises(ValueError, match="is damaged: its content is not that of its name; remove it, "):
         rejection.load(path)
-    with pytest.raises(FileNotFoundError, match="no defence"):
+    with pytest.raises(FileNotFoundError, match="no file .*absent.npz; remove the folder 'units' beside"):
         rejection.load(tmp_path / "absent.npz")
 
 
