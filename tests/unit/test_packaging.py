@@ -78,6 +78,15 @@ def test_imports_are_declared(path):
         assert providers & declared, f"{path.name} imports {name}, which pyproject.toml does not ask for"
 
 
+@pytest.mark.parametrize(("name", "older"), [
+    ("scipy", "1.14.1"),  # bootstrap takes no `rng`
+    ("joblib", "1.3.2"),  # Parallel has no "generator_unordered"
+])
+def test_packages_that_lack_what_the_helpers_call_are_not_accepted(name, older):
+    (requirement,) = (Requirement(line) for line in PROJECT["dependencies"] if Requirement(line).name == name)
+    assert not requirement.specifier.contains(older)
+
+
 @pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.parent.name)
 def test_lock_pins_versions_and_hashes_and_names_no_place(path):
     for requirement, hashes in locked(path):
