@@ -4,6 +4,9 @@ document.addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll(misnamed).forEach((control) => control.removeAttribute("aria-label"));
   document.querySelectorAll(".citation-list").forEach((list) => list.removeAttribute("role")); // it holds no list items
   document.querySelectorAll("table.ledger").forEach(makeLedger);
+  document.querySelectorAll(".cell_output table").forEach((table) => { // the paper and ours: its last column is prose
+    table.classList.toggle("comparison", Boolean(table.tHead?.textContent.includes("Verdict")));
+  });
   document.querySelectorAll(".eps-slider input").forEach(printLast);
 });
 
