@@ -147,7 +147,7 @@ def left_standing(shares):
     ax.set(yticks=range(len(shares)), yticklabels=list(shares), ylim=(len(shares) - 0.5, -0.7), xlim=(-0.04, 1.04),
            xlabel="images that withstand the attack (mean and range of seeds)")
     ax.xaxis.set_major_formatter("{x:.0%}")
-    ax.figure.legend(marks.values(), marks, loc="outside lower center", ncols=2)
+    ax.figure.legend(marks.values(), marks, loc="outside lower center")
     return ax.figure
 
 
