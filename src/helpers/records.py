@@ -123,10 +123,16 @@ def compare(outcomes: Mapping[str, Outcome | None]) -> pd.DataFrame:
         papers = claim.value if isinstance(claim.value, dict) else dict.fromkeys(parts, claim.value)
         tested = claim.kind == "number" and ours and verdict != "not-testable"
         rows += [(id, ": ".join(filter(None, (claim.what or claim.where, part))),
-                  "–" if paper is None else f"{paper:g}", str(parts.get(part) or "–"), verdict,
+                  "–" if paper is None else f"{paper:g}", _ours(claim, parts.get(part)), verdict,
                   "; ".join(filter(None, [_distance(claim, parts[part], paper) if tested else "", note])))
                  for part, paper in papers.items()]
     return pd.DataFrame(rows, columns=["Claim", "What", "Paper", "Ours", "Verdict", "Note"])
+
+
+def _ours(claim, ours):
+    if ours and claim.kind == "choice":  # a mean of choices was never chosen
+        return f"{' or '.join(f'{value:g}' for value in dict.fromkeys(ours.values))} (n = {ours.n})"
+    return str(ours or "–")
 
 
 class Record(_Strict):

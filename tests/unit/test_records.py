@@ -374,6 +374,7 @@ def test_comparison_shows_the_paper_beside_ours(own_claims):
     record.claim("02.number", [0.9851, 0.9852, 0.9853], note="fewer <images>")
     record.claim("02.columns", {"fgsm": [0.5], "clean": [0.91234]})
     record.claim("02.order", None, note="x" * 80)
+    record.claim("02.choice", [0.01, 1.0, 1.0], note="two of them")
     record.claim("02.shown", {"nr": [0.4], "dnr": [0.5]}, direction=True)
     frame = record.comparison()
     assert list(frame.columns) == ["Claim", "What", "Paper", "Ours", "Verdict", "Note"]
@@ -383,6 +384,7 @@ def test_comparison_shows_the_paper_beside_ours(own_claims):
         ["02.columns", "something: clean", "0.9", "0.9123 (n = 1)", "reproduced", "off by 0.0123, tolerance 0.05"],
         ["02.columns", "something: fgsm", "0.5", "0.5 (n = 1)", "reproduced", "off by 0, tolerance 0.05"],
         ["02.order", "something", "–", "–", "not-testable", "x" * 80],
+        ["02.choice", "something", "0.1", "0.01 or 1 (n = 3)", "not-reproduced", "two of them"],
         ["02.shown", "something: nr", "–", "0.4 (n = 1)", "reproduced", ""],
         ["02.shown", "something: dnr", "–", "0.5 (n = 1)", "reproduced", ""]]
 
