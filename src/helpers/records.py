@@ -243,23 +243,23 @@ def _judge(claim, ours, paper, direction, choice_tie):
     if claim.kind == "order":
         return 2 if ours.mean <= 0 else 0 if ours.n >= 2 and ours.mean > 2 * ours.sd / ours.n**0.5 else 1
     margin = max(claim.tolerance, 2 * ours.sd if ours.n >= 3 else 0)
-    if _off(ours, paper) <= margin:
+    if _off(ours.mean, paper) <= margin:
         return 1 if claim.id[:2] in _SUBSTITUTED else 0
     return 1 if direction else 2
 
 
 def _distance(claim, ours, paper):
     """How far a number is from the paper's. A wide spread makes it easy to agree: the reader has to see that."""
-    off, where = _off(ours, paper), " on other data than the paper's" if claim.id[:2] in _SUBSTITUTED else ""
+    off, where = _off(ours.mean, paper), " on other data than the paper's" if claim.id[:2] in _SUBSTITUTED else ""
     text = f"off by {max(off, 0):.3g}{where}, tolerance {claim.tolerance:g}"
     if not claim.tolerance < off <= 2 * ours.sd or ours.n < 3:
         return text
-    near = sum(abs(value - paper) - 1e-9 <= claim.tolerance for value in ours.values)
+    near = sum(_off(value, paper) <= claim.tolerance for value in ours.values)
     return f"{text}: within 2 sd of our seeds, {near or 'none'} of the {ours.n} within the tolerance"
 
 
-def _off(ours, paper):
-    return abs(ours.mean - paper) - 1e-9  # 0.9892 - 0.9852 is a little more than 0.004 in binary
+def _off(value, paper):
+    return abs(value - paper) - 1e-9  # 0.9892 - 0.9852 is a little more than 0.004 in binary
 
 
 def _revision():

@@ -127,6 +127,12 @@ values = np.array([unit["values"] for unit in found])""", RECORD.replace("[0.9, 
     assert all(getattr(killed, part) == getattr(never, part) for part in ("claims", "tables", "curves"))
 
 
+def test_a_container_s_share_of_the_cores_counts(tiny, monkeypatch):
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")  # as joblib finds it in a control group, too
+    book = tiny("import os", "assert os.environ['TF_NUM_INTRAOP_THREADS'] == '1'", RECORD)
+    execute(book, book.chapters())
+
+
 def test_the_kernel_is_this_python_whatever_the_user_has_installed(tiny, tmp_path):
     kernel = tmp_path / "home/.local/share/jupyter/kernels/python3/kernel.json"
     startup = tmp_path / "home/.ipython/profile_default/startup/00-broken.py"

@@ -265,6 +265,16 @@ def test_publish_refuses_a_copy_that_is_large_or_stale(tiny):
     assert not any(path.exists() for path in book.committed("02_tiny"))
 
 
+def test_publish_counts_bytes_and_not_characters(tiny):
+    book = tiny("1")
+    notebook, (executed, _) = book.source("02_tiny"), book.run("02_tiny")
+    notebook.cells[-1].outputs = [new_output("stream", text="ε" * (MAX_BYTES // 2))]
+    executed.parent.mkdir(parents=True)
+    nbformat.write(notebook, executed)
+    with pytest.raises(BookError, match=r"02_tiny: the executed copy has 2,\d{3},\d{3} bytes, more than 2,000,000"):
+        publish(book, "02_tiny")
+
+
 def test_the_contents_list_every_notebook_and_page():
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
     listed = {chapter["file"] for part in toc["parts"] for chapter in part["chapters"]} | {toc["root"]}
