@@ -14,7 +14,7 @@ from helpers import attacks
 from helpers.closeness import squared_distances
 from helpers.models import compiled
 from helpers.rejection import Defence, evaluate, load
-from helpers.threat import check_images, check_labels, check_positive, project
+from helpers.threat import check_images, check_labels, check_positive, projection
 
 
 @lru_cache
@@ -150,7 +150,7 @@ def _hinge_step(defence, shape, norm, bounds):
     @tf.function(input_signature=[images, images, tf.TensorSpec((None, None), tf.float64), number, number])
     def step(x_adv, x, signs, eps, step_size):
         gradient, loss, _ = attacks.input_gradient(lambda images: defence.scores(images)[0], hinge, x_adv, signs)
-        return loss, project(x_adv - step_size * gradient, x, norm, eps, bounds)
+        return loss, projection(x, norm, eps, bounds)(x_adv - step_size * gradient)
 
     return step
 

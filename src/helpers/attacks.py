@@ -12,9 +12,9 @@ import numpy as np
 import scipy.optimize
 import tensorflow as tf
 
-from helpers.models import check_logits, inference, predict
+from helpers.models import check_logits, inference, own_graph, predict
 from helpers.profiles import known
-from helpers.threat import ThreatModel, check_images, check_labels, check_positive, project
+from helpers.threat import ThreatModel, check_images, check_labels, check_positive, projection
 
 
 def margin(logits, y):
@@ -57,22 +57,24 @@ def _loop(model, shape, norm, bounds, loss, targeted, goal):
     def network(x):
         return tf.cast(inference(model)(x), tf.float32)
 
-    @tf.function  # in a graph of its own a step takes a fifth less time than written into the loop
+    @own_graph
     def gradient_of(x_adv, y):
         return input_gradient(network, LOSSES.get(loss, loss), x_adv, y)
 
     def better(x_adv, logits, y, best, best_score):
         score = sign * goal(logits, y)
         won = score > best_score
-        return tf.where(won[:, None, None, None], x_adv, best), tf.where(won, score, best_score)
+        images = tf.raw_ops.Select(condition=won, x=x_adv, y=best)  # by rows; tf.where broadcasts, in twice the time
+        return images, tf.where(won, score, best_score)
 
     @tf.function(input_signature=[images, images, labels, images, per_image, radius, number, count])
     def loop(x_adv, x, y, best, best_score, eps, step_size, steps):
+        project = projection(x, norm, eps, bounds)
         for _ in tf.range(steps):
             gradient, _, logits = gradient_of(x_adv, y)
             if goal:
                 best, best_score = better(x_adv, logits, y, best, best_score)
-            x_adv = project(x_adv + step_size * _direction(sign * gradient, norm), x, norm, eps, bounds)
+            x_adv = project(x_adv + step_size * _direction(sign * gradient, norm))
         if goal:
             best, best_score = better(x_adv, network(x_adv), y, best, best_score)
         return x_adv, best, best_score

@@ -168,6 +168,15 @@ def compiled(model):
     return tf.function(inference(model), reduce_retracing=True)
 
 
+def own_graph(function):
+    """`function` as a TensorFlow graph that stays one when a compiled loop calls it.
+
+    Merged into a loop, the graph has a cycle, and TensorFlow's pass for oneDNN may or may not meet a max-pooling before
+    its gradient, by chance: where it does not, the gradient is computed without oneDNN, nine times slower.
+    """
+    return tf.function(function, experimental_attributes={"_noinline": True})
+
+
 def predict(model, x, batch_size):
     """Outputs (n, ...) of `compiled(model)` for images `x` that are known to be valid, in batches."""
     graph = compiled(model)

@@ -38,7 +38,7 @@ class ThreatModel:
 
     def project(self, x_adv, x):
         """Pull `x_adv` (n, h, w, c) into the ball around `x` and clip it to the bounds; a TensorFlow tensor."""
-        return project(x_adv, x, self.norm, self.eps, self.bounds)
+        return projection(x, self.norm, self.eps, self.bounds)(x_adv)
 
     def random_start(self, x, seed):
         """Points drawn uniformly from the ball around each image and clipped to the bounds, (n, h, w, c) float32."""
@@ -57,16 +57,19 @@ class ThreatModel:
         return np.abs(delta).max(axis=1) if self.norm == "linf" else np.linalg.norm(delta, axis=1)
 
 
-def project(x_adv, x, norm, eps, bounds):
-    """`ThreatModel.project` on tensors, for use inside a compiled graph where `eps` is a tensor too."""
-    if norm == "linf":
-        x_adv = tf.clip_by_value(x_adv, x - eps, x + eps)
-    else:
+def projection(x, norm, eps, bounds):
+    """`ThreatModel.project` for these `x` as a function of `x_adv`, in a compiled graph where `eps` is a tensor too."""
+    if norm == "linf":  # a loop finds the limits only once
+        low, high = tf.maximum(x - eps, bounds[0]), tf.minimum(x + eps, bounds[1])
+        return lambda x_adv: tf.clip_by_value(x_adv, low, high)
+
+    def into_ball(x_adv):
         delta = x_adv - x
         length = tf.sqrt(tf.reduce_sum(delta**2, axis=(1, 2, 3), keepdims=True))
-        x_adv = x + delta * tf.minimum(1.0, eps / tf.maximum(length, 1e-12))
-    # x lies within the bounds, so clipping moves every pixel towards x and never leaves the ball.
-    return tf.clip_by_value(x_adv, *bounds)
+        # x lies within the bounds, so clipping moves every pixel towards x and never leaves the ball.
+        return tf.clip_by_value(x + delta * tf.minimum(1.0, eps / tf.maximum(length, 1e-12)), *bounds)
+
+    return into_ball
 
 
 def check_images(x, name="x", bounds=(0.0, 1.0)):

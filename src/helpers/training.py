@@ -9,8 +9,8 @@ from tqdm import tqdm
 
 from helpers.attacks import cross_entropy, input_gradient
 from helpers.evaluation import score
-from helpers.models import check_logits, inference
-from helpers.threat import ThreatModel, check_images, check_labels, check_positive, project
+from helpers.models import check_logits, inference, own_graph
+from helpers.threat import ThreatModel, check_images, check_labels, check_positive, projection
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,10 @@ class Adversary:
         if self.random_start:
             noise = tf.random.stateless_uniform(tf.shape(x), seed, -self.eps, self.eps)
             x_adv = tf.clip_by_value(x + noise, 0.0, 1.0)
+        project = projection(x, "linf", self.eps, (0.0, 1.0))
         for _ in range(self.steps):
             gradient, *_ = input_gradient(inference(model), cross_entropy, x_adv, y)
-            x_adv = project(x_adv + step_size * tf.sign(gradient), x, "linf", self.eps, (0.0, 1.0))
+            x_adv = project(x_adv + step_size * tf.sign(gradient))
         return tf.stop_gradient(x_adv)
 
 
@@ -84,7 +85,7 @@ def _epoch(model, x, y, batch_size, learning_rate, adversary):
     optimizer.build(model.trainable_variables)
     batches = -(-len(x) // batch_size)
 
-    @tf.function  # in a graph of its own a step takes less time than written into the loop
+    @own_graph
     def step(images, labels, seed):
         if adversary is not None:
             adversarial = adversary.craft(model, images, labels, seed)

@@ -101,6 +101,14 @@ def test_the_compiled_network_agrees_with_the_plain_one(network):
     np.testing.assert_allclose(models.compiled(model)(X), models.inference(model)(X), atol=1e-5)
 
 
+def test_a_graph_of_its_own_is_not_merged_into_its_caller():
+    double = models.own_graph(lambda x: 2 * x)
+    caller = tf.function(lambda x: double(x) + 1).get_concrete_function(tf.constant(1.0))
+    (inner,) = [f for f in caller.graph.as_graph_def().library.function if f.attr["_noinline"].b]
+    assert inner.signature.name in [node.attr["f"].func.name for node in caller.graph.as_graph_def().node]
+    assert caller(tf.constant(3.0)) == 7
+
+
 @networks
 def test_logits_pass_and_probabilities_do_not(network):
     model = network()
