@@ -47,7 +47,10 @@ def input_gradient(network, loss, x, y):
 
 @lru_cache(maxsize=32)
 def _loop(model, shape, norm, bounds, loss, targeted, goal):
-    """Compile `steps` ascent steps for one network; sizes, eps and step size stay tensors, so nothing is retraced."""
+    """Compile `steps` ascent steps for one network; sizes, eps and step size stay tensors, so nothing is retraced.
+
+    With a `goal` the best of the images at which a gradient was taken is kept, which costs no further pass.
+    """
     images, labels, per_image = (tf.TensorSpec((None, *rest), kind) for rest, kind in (
         (shape, tf.float32), ((), tf.int64), ((), tf.float32)))  # fmt: skip
     number, count = tf.TensorSpec((), tf.float32), tf.TensorSpec((), tf.int32)
@@ -61,22 +64,17 @@ def _loop(model, shape, norm, bounds, loss, targeted, goal):
     def gradient_of(x_adv, y):
         return input_gradient(network, LOSSES.get(loss, loss), x_adv, y)
 
-    def better(x_adv, logits, y, best, best_score):
-        score = sign * goal(logits, y)
-        won = score > best_score
-        images = tf.raw_ops.Select(condition=won, x=x_adv, y=best)  # by rows; tf.where broadcasts, in twice the time
-        return images, tf.where(won, score, best_score)
-
     @tf.function(input_signature=[images, images, labels, images, per_image, radius, number, count])
     def loop(x_adv, x, y, best, best_score, eps, step_size, steps):
         project = projection(x, norm, eps, bounds)
         for _ in tf.range(steps):
             gradient, _, logits = gradient_of(x_adv, y)
             if goal:
-                best, best_score = better(x_adv, logits, y, best, best_score)
+                score = sign * goal(logits, y)
+                won = score > best_score
+                best = tf.raw_ops.Select(condition=won, x=x_adv, y=best)  # rows; tf.where broadcasts, in twice the time
+                best_score = tf.where(won, score, best_score)
             x_adv = project(x_adv + step_size * _direction(sign * gradient, norm))
-        if goal:
-            best, best_score = better(x_adv, network(x_adv), y, best, best_score)
         return x_adv, best, best_score
 
     return loop
@@ -100,7 +98,7 @@ def _checked(model, x, y, threat, **positive):
 
 
 def _ascend(model, x, y, start, threat, loss, targeted, *, steps, step_size, batch_size, goal=None, compact=False):
-    """Run the loop over batches. Returns (images, scores): last iterates, or with a `goal` the best ones."""
+    """Run the loop over batches. Returns the last iterates and, with a `goal`, the best before them and its values."""
     loop = _loop(model, x.shape[1:], threat.norm, threat.bounds, loss, targeted, goal)
     eps = np.full((1, 1, 1, 1), threat.eps)
     current, best, score = start.copy(), start.copy(), np.full(len(x), -np.inf, "float32")
@@ -114,7 +112,7 @@ def _ascend(model, x, y, start, threat, loss, targeted, *, steps, step_size, bat
             active = active[score[active] <= 0]
     if not np.isfinite(current).all():
         raise FloatingPointError("the model's gradient is not finite on some images: no attack can follow it")
-    return (best, score) if goal else (current, score)
+    return current, best, score
 
 
 def _values(goal, model, x, y, batch_size):
@@ -147,6 +145,8 @@ def pgd(model, x, y, threat, *, steps=40, step_size=None, restarts=1, losses=("c
         start=None, targeted=False, compact=False, batch_size=500, seed=0):  # fmt: skip
     """Projected gradient descent with random starts (Madry et al. 2018); the best iterate of all restarts is kept.
 
+    A run's last iterate, at which no gradient is taken, is looked at where none before it has won.
+
     step_size : length of a step in pixel units; default 2.5 * eps / steps.
     restarts : number of random starts; restart r uses loss `losses[r % len(losses)]`, each one of `LOSSES` or a
         function (logits, y) -> (n,) to ascend. The margin does not vanish where the softmax saturates.
@@ -166,24 +166,27 @@ def pgd(model, x, y, threat, *, steps=40, step_size=None, restarts=1, losses=("c
             raise ValueError(f"start has shape {start.shape}; expected that of x, {x.shape}")
     best, score, every = x.copy(), np.full(len(x), -np.inf, "float32"), np.arange(len(x))
 
-    def compare_with_clean(at):
+    def consider(images, at):
+        at = at[score[at] <= 0]  # where something has won already, another pass is not worth its time
         if at.size:
-            clean = (-1 if targeted else 1) * _values(goal, model, x[at], y[at], batch_size)
-            keep(x[at], clean, best, score, at)
+            values = (-1 if targeted else 1) * _values(goal, model, images[at], y[at], batch_size)
+            keep(images[at], values, best, score, at)
 
     if compact:  # what is beaten without an attack is not attacked
-        compare_with_clean(every)
+        consider(x, every)
     for restart in range(restarts):
         warm = start is not None and restart == 0
         first = threat.project(start, x).numpy() if warm else threat.random_start(x, (seed, restart))
         active = np.flatnonzero(score <= 0) if compact else every
         if not active.size:
             break
-        found = _ascend(model, x[active], y[active], first[active], threat, losses[restart % len(losses)], targeted,
-                        goal=goal, compact=compact, **sizes)  # fmt: skip
+        last = x.copy()
+        last[active], *found = _ascend(model, x[active], y[active], first[active], threat,
+                                       losses[restart % len(losses)], targeted, goal=goal, compact=compact, **sizes)
         keep(*found, best, score, active)
+        consider(last, active)
     if not compact:
-        compare_with_clean(np.flatnonzero(score <= 0))
+        consider(x, every)
     return best
 
 

@@ -60,7 +60,7 @@ ATTACKS = {  # model, x, y, eps, seed -> adversarial images
     "fgsm": lambda m, x, y, eps, seed=0: attacks.fgsm(m, x, y, eps),
     "bim": lambda m, x, y, eps, seed=0: attacks.bim(m, x, y, eps, steps=3),
     "pgd-linf": lambda m, x, y, eps, seed=0: attacks.pgd(
-        m, x, y, ThreatModel("linf", eps), steps=3, restarts=2, losses=("cross-entropy", "margin"), seed=seed),
+        m, x, y, ThreatModel("linf", eps), steps=6, restarts=2, losses=("cross-entropy", "margin"), seed=seed),
     "pgd-l2": lambda m, x, y, eps, seed=0: attacks.pgd(m, x, y, ThreatModel("l2", eps), steps=3, seed=seed),
     "pgd-compact": lambda m, x, y, eps, seed=0: attacks.pgd(
         m, x, y, ThreatModel("l2", eps), steps=7, restarts=2, compact=True, batch_size=5, seed=seed),
