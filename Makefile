@@ -26,7 +26,7 @@ book: $(READY) ## execute the chapters and render the site [PROFILE=smoke|quick|
 	@$(HELPERS) book --profile $(PROFILE) --show $(SHOW) $(CHAPTERS)
 
 test: $(READY) ## run every test, the notebooks' smoke runs and the rendered site included
-	@$(BIN)/python -m pytest $(PYTEST)
+	@$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(PYTEST)
 
 paper: $(READY) ## run the paper profile for hours, resumable, and put its results under book/ [CHAPTER=02]
 	@$(HELPERS) paper $(CHAPTERS)

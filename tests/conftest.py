@@ -9,6 +9,7 @@ from pathlib import Path
 import hypothesis
 import nbformat
 import pytest
+from filelock import FileLock
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from helpers.book import Book
@@ -31,14 +32,18 @@ def command(*arguments, cwd, **environment):
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory):
+def site(tmp_path_factory, worker_id):
     """The book as readers get it, made by the command that `make book` calls, in an empty home and offline.
 
-    Every chapter runs in profile smoke; a page shows the committed paper run where that is fresh.
+    Every chapter runs in profile smoke; a page shows the committed paper run where that is fresh. Where pytest runs in
+    several processes, the first that needs the book makes it and the others wait.
     """
-    output, home = tmp_path_factory.mktemp("output"), tmp_path_factory.mktemp("home")
-    done = command("book", cwd=ROOT, HELPERS_OUTPUT=str(output), HOME=str(home), **OFFLINE)
-    assert done.returncode == 0, done.stdout + done.stderr
+    shared = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
+    output, home = shared / "output", tmp_path_factory.mktemp("home")
+    with FileLock(shared / "output.lock"):
+        if not (output / "html/index.html").exists():
+            done = command("book", cwd=ROOT, HELPERS_OUTPUT=str(output), HOME=str(home), **OFFLINE)
+            assert done.returncode == 0, done.stdout + done.stderr
     return Book(ROOT, output)
 
 
