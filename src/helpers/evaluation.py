@@ -111,13 +111,14 @@ def sanity_checks(model, x, y, threat, *, surrogate=None, steps=40, queries=300,
         noise = np.clip(x + threat.eps * np.sign(noise - x), *threat.bounds).astype("float32")
         single = attacks.fgsm(model, x, y, threat.eps, bounds=threat.bounds)
     largest = unbounded if threat.norm == "linf" else unbounded * np.sqrt(x[0].size)
+    far = run(eps=float(largest), steps=4 * steps, compact=True)  # the way is long, and may begin where all looks alike
     rows = [
         ("eps = 0 changes no pixel", float(np.abs(run(eps=0.0, steps=2) - x).max()), 0.0, "<="),
         ("largest distance", float(threat.distance(strong, x).max()), threat.eps + 1e-6, "<="),
         ("lowest pixel", float(strong.min()), threat.bounds[0], ">="),
         ("highest pixel", float(strong.max()), threat.bounds[1], "<="),
         ("success at eps against eps / 2", rate, success(run(eps=threat.eps / 2)) - tolerance, ">="),
-        ("success at the largest eps", success(run(eps=float(largest))), 0.99, ">="),
+        ("success at the largest eps", success(far), 0.99, ">="),
         ("PGD against a single step", rate, success(single) - tolerance, ">="),
         ("twice the steps: change of success", abs(success(run(steps=2 * steps)) - rate), max(0.01, tolerance), "<="),
         ("PGD against random noise", rate, success(noise) - tolerance, ">="),
