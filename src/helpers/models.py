@@ -171,8 +171,8 @@ def compiled(model):
 def own_graph(function):
     """`function` as a TensorFlow graph that stays one when a compiled loop calls it.
 
-    Merged into a loop, the graph has a cycle, and TensorFlow's pass for oneDNN may or may not meet a max-pooling before
-    its gradient, by chance: where it does not, the gradient is computed without oneDNN, nine times slower.
+    Merged into a loop, the gradient of max-pooling is computed by oneDNN in some graphs and in others not, nine times
+    slower: the loop makes the graph cyclic, and the pass that picks kernels seems to meet its nodes in no fixed order.
     """
     return tf.function(function, experimental_attributes={"_noinline": True})
 
