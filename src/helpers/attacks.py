@@ -167,10 +167,11 @@ def pgd(model, x, y, threat, *, steps=40, step_size=None, restarts=1, losses=("c
     best, score, every = x.copy(), np.full(len(x), -np.inf, "float32"), np.arange(len(x))
 
     def consider(images, at):
-        at = at[score[at] <= 0]  # where something has won already, another pass is not worth its time
-        if at.size:
-            values = (-1 if targeted else 1) * _values(goal, model, images[at], y[at], batch_size)
-            keep(images[at], values, best, score, at)
+        left = score[at] <= 0  # where something has won already, another pass is not worth its time
+        if left.any():
+            images, at = images[left], at[left]
+            values = (-1 if targeted else 1) * _values(goal, model, images, y[at], batch_size)
+            keep(images, values, best, score, at)
 
     if compact:  # what is beaten without an attack is not attacked
         consider(x, every)
@@ -180,9 +181,8 @@ def pgd(model, x, y, threat, *, steps=40, step_size=None, restarts=1, losses=("c
         active = np.flatnonzero(score <= 0) if compact else every
         if not active.size:
             break
-        last = x.copy()
-        last[active], *found = _ascend(model, x[active], y[active], first[active], threat,
-                                       losses[restart % len(losses)], targeted, goal=goal, compact=compact, **sizes)
+        last, *found = _ascend(model, x[active], y[active], first[active], threat, losses[restart % len(losses)],
+                               targeted, goal=goal, compact=compact, **sizes)  # fmt: skip
         keep(*found, best, score, active)
         consider(last, active)
     if not compact:

@@ -107,10 +107,10 @@ def environment(tmp_path, colab, remote):
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
 def test_chapter_installs_the_helpers_and_runs_alone(chapter, tmp_path, site, colab, remote, environment):
     work = tmp_path / "work"
+    work.mkdir()
     if chapter.stem != FROM_NOTHING:
         for folder in ("networks", "defences", f"units/{chapter.stem}"):
             shutil.copytree(site.output / folder, work / "_build" / folder)
-    work.mkdir(exist_ok=True)
     units = set(work.rglob("*.npz"))
     shutil.copy(chapter, work)
     freeze = [colab, "-m", "pip", "freeze", "--all"]
