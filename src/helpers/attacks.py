@@ -252,8 +252,9 @@ def ddn(model, x, y, *, steps=100, radius=1.0, gamma=0.05, targeted=False, bound
 
     Every step follows the normalised gradient of the cross-entropy, its length falling along a cosine from `radius` to
     a hundredth of it; then the change is cut to a radius of its own for each image, which shrinks by `gamma` where the
-    image is beaten and grows by `gamma` where it is not. The shortest change that wins is kept; images that are never
-    beaten come back unchanged.
+    image is beaten and grows by `gamma` where it is not. The shortest change that wins is kept. Images that are not
+    beaten, which may lie too far for so few steps, are tried again with four times the radius, until that holds all
+    valid images; those that are never beaten come back unchanged.
     """
     threat = ThreatModel("l2", radius, bounds)
     y = _checked(model, x, y, threat, steps=steps, radius=radius, batch_size=batch_size)
@@ -271,6 +272,10 @@ def ddn(model, x, y, *, steps=100, radius=1.0, gamma=0.05, targeted=False, bound
         won, length = sign * _values(margin, model, current, y, batch_size) > 0, threat.distance(current, x)
         keep(current, np.where(won, -length, -np.inf), best, nearness, np.arange(len(x)))
         reach *= np.where(won, 1 - gamma, 1 + gamma).astype("float32")
+    left = np.flatnonzero(nearness == -np.inf)
+    if left.size and radius < np.sqrt(x[0].size) * (threat.bounds[1] - threat.bounds[0]):
+        best[left] = ddn(model, x[left], y[left], steps=steps, radius=4 * radius, gamma=gamma, targeted=targeted,
+                         bounds=bounds, batch_size=batch_size)
     return best
 
 

@@ -714,6 +714,13 @@ def test_ddn_leaves_alone_what_is_wrong_already_and_what_it_cannot_beat():
     np.testing.assert_array_equal(attacks.ddn(linear(bias=-90.0), X, np.zeros(N, int), steps=10), X)
 
 
+def test_ddn_reaches_images_far_outside_its_first_radius():
+    y, far = LINEAR(X).numpy().argmax(axis=1), 1e-3 * 1.05**10  # no first run comes further than this
+    x_adv = attacks.ddn(LINEAR, X, y, steps=10, radius=1e-3)
+    exact = np.abs(margins(LINEAR, X, y)) / np.linalg.norm(W)
+    assert (exact > far).any() and not correct(LINEAR, x_adv, y).any()
+
+
 def test_more_steps_of_ddn_are_not_worse_and_batches_do_not_matter():
     y = logits(NET, X).argmax(axis=1)
     few, many = (ThreatModel("l2", 1).distance(attacks.ddn(NET, X, y, steps=n), X).mean() for n in (25, 200))
