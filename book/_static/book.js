@@ -4,11 +4,24 @@ document.addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll(misnamed).forEach((control) => control.removeAttribute("aria-label"));
   document.querySelectorAll(".citation-list").forEach((list) => list.removeAttribute("role")); // it holds no list items
   document.querySelectorAll("table.ledger").forEach(makeLedger);
-  document.querySelectorAll(".cell_output table").forEach((table) => { // the paper and ours: its last column is prose
-    table.classList.toggle("comparison", Boolean(table.tHead?.textContent.includes("Verdict")));
-  });
+  document.querySelectorAll(".cell_output table").forEach(classify);
   document.querySelectorAll(".eps-slider input").forEach(printLast);
 });
+
+// Numbers and short names of rows stay in one line. The paper and ours: ids may break after a part.
+function classify(table) {
+  table.querySelectorAll("tbody :is(td, th)").forEach((cell) => {
+    const text = cell.textContent.trim();
+    const short = cell.tagName === "TH" && text.length < 16;
+    cell.classList.toggle("whole", short || /^[-+−]?\d[-+−\d\s.e±%]*$/.test(text));
+  });
+  if (!table.tHead?.textContent.includes("Verdict")) return;
+  table.classList.add("comparison");
+  table.querySelectorAll("td:first-child").forEach((cell) => {
+    const parts = cell.textContent.split(/(?<=[._])/);
+    cell.replaceChildren(...parts.flatMap((part) => [part, document.createElement("wbr")]));
+  });
+}
 
 // Paper shows a slider's last picture, the strongest attack: the first is the image before any.
 function printLast(slider) {

@@ -11,6 +11,7 @@ import seaborn as sns
 from IPython.display import HTML, Markdown, display
 from matplotlib.figure import Figure
 from PIL import Image
+from seaborn.utils import relative_luminance
 
 # A light background of its own: each colour has one contrast (tested), on a dark page and in print alike.
 BACKGROUND, INK, FAINT = "#fafaf7", "#1a1a1a", "#5f5f5f"
@@ -93,9 +94,11 @@ def digit_grid(images, titles=None, columns=10, size=1.0):
 
 
 def heatmap(frame, title, fmt=".2f"):
-    """A DataFrame of rates as an annotated grid."""
+    """A DataFrame of rates as an annotated grid, each number black or white, as contrasts more with its cell."""
     ax = _axes(1, 1, 1.6 + 0.85 * frame.shape[1], 1.4 + 0.45 * frame.shape[0])[0, 0]
     sns.heatmap(frame, annot=True, fmt=fmt, cmap="cividis", linewidths=1, ax=ax).set_title(title)
+    for text, cell in zip(ax.texts, ax.collections[0].get_facecolor(), strict=True):
+        text.set_color("black" if relative_luminance(cell) > 0.179 else "white")  # there both have 4.6 : 1
     return ax.figure
 
 

@@ -7,6 +7,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from skimage.color import deltaE_ciede2000, rgb2lab
 
@@ -161,6 +162,13 @@ def test_heatmap_writes_its_numbers():
     ax = figures.heatmap(frame, "Accuracy", fmt=".3f").axes[0]
     assert [text.get_text() for text in ax.texts] == ["0.125", "1.000"]
     assert ax.get_title() == "Accuracy"
+
+
+def test_heatmaps_numbers_can_be_read_on_every_colour():
+    ax = figures.heatmap(pd.DataFrame(np.linspace(0, 1, 50)[None]), "Accuracy").axes[0]
+    cells = ax.collections[0].get_facecolor()
+    pairs = zip(ax.texts, map(to_hex, cells), strict=True)
+    assert min(contrast(to_hex(text.get_color()), cell) for text, cell in pairs) >= 4.5
 
 
 def test_loss_surfaces_share_a_scale():
