@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from helpers.models import check_logits, inference, own_graph, predict
 from helpers.profiles import known
-from helpers.threat import ThreatModel, check_images, check_labels, check_positive, projection
+from helpers.threat import ThreatModel, check_images, check_labels, check_positive, diameter, projection
 
 
 def margin(logits, y):
@@ -228,8 +228,7 @@ def normalised(model, x, y, target, *, step_size=0.1, steps=1000, loss="cross-en
     """
     if not callable(loss):
         known("loss", loss, LOSSES)
-    every = np.sqrt(np.prod(np.shape(x)[1:])) * (bounds[1] - bounds[0])  # a ball that holds all valid images
-    threat = ThreatModel("l2", every, bounds)
+    threat = ThreatModel("l2", diameter(np.shape(x)[1:], "l2", bounds), bounds)
     y, target = (_checked(model, x, labels, threat, step_size=step_size, steps=steps, batch_size=batch_size)
                  for labels in (y, target))
     if (same := np.flatnonzero(target == y)).size:
@@ -273,7 +272,7 @@ def ddn(model, x, y, *, steps=100, radius=1.0, gamma=0.05, targeted=False, bound
         keep(current, np.where(won, -length, -np.inf), best, nearness, np.arange(len(x)))
         reach *= np.where(won, 1 - gamma, 1 + gamma).astype("float32")
     left = np.flatnonzero(nearness == -np.inf)
-    if left.size and radius < np.sqrt(x[0].size) * (threat.bounds[1] - threat.bounds[0]):
+    if left.size and radius < diameter(x.shape[1:], "l2", bounds):
         best[left] = ddn(model, x[left], y[left], steps=steps, radius=4 * radius, gamma=gamma, targeted=targeted,
                          bounds=bounds, batch_size=batch_size)
     return best

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from helpers import attacks
 from helpers.models import as_float64, check_logits, inference, predict
-from helpers.threat import ThreatModel, check_images, check_labels
+from helpers.threat import ThreatModel, check_images, check_labels, diameter
 
 
 def logits(model, x, batch_size=250):
@@ -103,15 +103,15 @@ def sanity_checks(model, x, y, threat, *, surrogate=None, steps=40, queries=300,
         options = {"steps": steps, "restarts": 2, "losses": ("cross-entropy", "margin"), "seed": seed} | options
         return attacks.pgd(against, x, y, ThreatModel(threat.norm, eps, threat.bounds), **options)
 
-    strong, unbounded = run(), threat.bounds[1] - threat.bounds[0]
+    strong = run()
     rate, clean = success(strong), 1 - correct(model, x, y).mean()
     tolerance = 2 * np.sqrt(max(rate * (1 - rate), 1 / len(x)) / len(x))
     noise, single = threat.random_start(x, (seed, 10**6)), run(steps=1, restarts=1)  # not PGD's own start
     if threat.norm == "linf":
         noise = np.clip(x + threat.eps * np.sign(noise - x), *threat.bounds).astype("float32")
         single = attacks.fgsm(model, x, y, threat.eps, bounds=threat.bounds)
-    largest = unbounded if threat.norm == "linf" else unbounded * np.sqrt(x[0].size)
-    far = run(eps=float(largest), steps=4 * steps, compact=True)  # the way is long, and may begin where all looks alike
+    largest = diameter(x.shape[1:], threat.norm, threat.bounds)
+    far = run(eps=largest, steps=4 * steps, compact=True)  # the way is long, and may begin where all looks alike
     rows = [
         ("eps = 0 changes no pixel", float(np.abs(run(eps=0.0, steps=2) - x).max()), 0.0, "<="),
         ("largest distance", float(threat.distance(strong, x).max()), threat.eps + 1e-6, "<="),

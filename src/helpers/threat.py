@@ -57,6 +57,12 @@ class ThreatModel:
         return np.abs(delta).max(axis=1) if self.norm == "linf" else np.linalg.norm(delta, axis=1)
 
 
+def diameter(shape, norm, bounds):
+    """Largest distance between two valid images of `shape` (h, w, c): a ball of that radius holds all of them."""
+    pixel = bounds[1] - bounds[0]
+    return float(pixel if norm == "linf" else pixel * np.sqrt(np.prod(shape)))
+
+
 def projection(x, norm, eps, bounds):
     """`ThreatModel.project` for these `x` as a function of `x_adv`, in a compiled graph where `eps` is a tensor too."""
     if norm == "linf":  # a loop finds the limits only once
