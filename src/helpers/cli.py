@@ -5,7 +5,8 @@ from pathlib import Path
 
 import click
 
-from helpers import __version__, book, files
+from helpers import __version__, execution, files, site
+from helpers.book import Book, BookError
 from helpers.profiles import PROFILES
 
 _chapter = click.option("--chapter", "chapters", multiple=True, metavar="NAME",
@@ -33,10 +34,10 @@ def main():
 def render(profile, chapters, show):
     """Execute the chapters, then render the site."""
     this = _run(profile, chapters, show)
-    book.stage(this)
-    site = book.build(this)
+    site.stage(this)
+    index = site.build(this)
     _print_runs(this)
-    click.echo(f"\nThe book is at {site}")
+    click.echo(f"\nThe book is at {index}")
 
 
 @main.command()
@@ -53,7 +54,7 @@ def paper(chapters):
     """Execute in profile paper (hours, resumable) and put the results under book/."""
     this = _run("paper", chapters)
     for chapter in this.chapters(*chapters):
-        book.publish(this, chapter)
+        site.publish(this, chapter)
         click.echo("to be committed: {} {}".format(*this.committed(chapter)))
 
 
@@ -65,18 +66,18 @@ def status():
 
 def _book(profile="smoke", show="auto"):
     if not Path("_config.yml").exists():
-        raise book.BookError(f"no _config.yml in {Path.cwd()}: run this in the folder of the book's checkout")
-    return book.Book(Path.cwd(), files.output().resolve(), profile, show)
+        raise BookError(f"no _config.yml in {Path.cwd()}: run this in the folder of the book's checkout")
+    return Book(Path.cwd(), files.output().resolve(), profile, show)
 
 
 def _run(profile, chapters, show="auto"):
     this = _book(profile, show)
-    book.execute(this, this.chapters(*chapters))
+    execution.execute(this, this.chapters(*chapters))
     return this
 
 
 def _print_runs(this):
-    for run in book.status(this):
+    for run in execution.status(this):
         verdicts = Counter(claim.verdict for claim in run.claims)
         text = ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items())
         click.echo(f"{run.chapter:40} {run.profile:6} {run.provenance.seconds:7.0f} s  {text}")

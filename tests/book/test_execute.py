@@ -11,8 +11,9 @@ import psutil
 import pytest
 from conftest import RECORD, command
 
-import helpers.book
-from helpers.book import Book, BookError, execute, status
+from helpers import execution
+from helpers.book import Book, BookError
+from helpers.execution import execute, status
 from helpers.records import Record
 
 
@@ -54,7 +55,7 @@ def test_one_failing_chapter_does_not_hide_the_other(tiny):
 
 @pytest.mark.parametrize("limits", [(1, 60), (60, 1)], ids=["cell", "chapter"])
 def test_time_limits(tiny, monkeypatch, limits):
-    monkeypatch.setitem(helpers.book.LIMITS, "smoke", limits)
+    monkeypatch.setitem(execution.LIMITS, "smoke", limits)
     book = tiny("import time; time.sleep(40)")
     with pytest.raises(BookError, match=r"02_tiny, .*cell 3 `import time.*`: time limit reached \(\d+ s a cell"):
         execute(book, book.chapters())

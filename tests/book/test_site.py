@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from helpers.book import status
+from helpers.execution import status
 from helpers.records import Record, claims
 
 LOADED = {"link": ["href"], "img": ["src", "srcset"], "script": ["src"], "iframe": ["src"], "source": ["src", "srcset"],

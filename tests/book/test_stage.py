@@ -13,8 +13,10 @@ import yaml
 from conftest import RECORD, ROOT, command
 from nbformat.v4 import new_output
 
-from helpers.book import MAX_BYTES, Book, BookError, build, execute, ledger, publish, stage, what_is_left
+from helpers.book import Book, BookError
+from helpers.execution import execute
 from helpers.records import Record, claims
+from helpers.site import MAX_BYTES, build, ledger, publish, stage, what_is_left
 
 FIGURE = """from IPython.display import display
 pixel = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="

@@ -1,0 +1,201 @@
+"""From executed notebooks to the site: `stage` (lay out the pages), `build` (Jupyter Book); `publish` keeps a run.
+
+    executed notebooks, records ─ stage ─► output/stage/ ─ build ─► output/html/
+"""
+
+import base64
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import jinja2
+import nbformat
+import pandas as pd
+import yaml
+from docutils.nodes import make_id
+
+from helpers.book import Book, BookError
+from helpers.execution import status
+from helpers.files import atomic
+from helpers.profiles import PROFILES
+from helpers.records import Record, claims, compare
+
+MAX_BYTES = 2_000_000  # of an executed copy in the repository
+
+
+def publish(book: Book, chapter: str) -> None:
+    """Copy the run's notebook and record under `book/`; BookError when the notebook has changed or is too large."""
+    (ran, record), (executed, paper) = book.run(chapter), book.committed(chapter)
+    if (page := _graft(book, chapter, ran)) is None:
+        raise BookError(f"{chapter}: the notebook's code has changed since {ran} was run")
+    text = nbformat.writes(page) + "\n"
+    if (size := len(text.encode())) > MAX_BYTES:
+        raise BookError(f"{chapter}: the executed copy has {size:,} bytes, more than {MAX_BYTES:,}")
+    for path, content in ((executed, text), (paper, record.read_text())):
+        with atomic(path) as temporary:
+            temporary.write_text(content)
+    _at_a_glance(ledger(book), book.root)  # for the README
+
+
+def _graft(book, chapter, executed):
+    """The source notebook with the outputs of an executed copy, or None when their code cells differ: a stale copy.
+
+    The prose is the source's. What papermill injected, what libraries logged and this machine's paths stay behind.
+    """
+    page, ran = book.source(chapter), nbformat.read(executed, 4).cells if executed.exists() else []
+    cells = [cell for cell in page.cells if cell.cell_type == "code"]
+    ran = [cell for cell in ran
+           if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])]
+    if [cell.source for cell in cells] != [cell.source for cell in ran]:
+        return None
+    data = os.environ.get("HELPERS_DATA") or sys.prefix
+    folders = map(str, [book.root, book.output, data, sys.prefix, Path.home(), tempfile.gettempdir()])
+    names = "|".join(re.escape(f"{folder}/") for folder in sorted(folders, key=len, reverse=True))
+    for cell, done in zip(cells, ran, strict=True):
+        outputs = [output for output in done.outputs if output.get("name") != "stderr"]
+        cell.outputs = nbformat.from_dict(json.loads(re.sub(rf"(?<![\w+/])(?:{names})", "", json.dumps(outputs))))
+        cell.execution_count = done.execution_count
+    return page
+
+
+def _with_figures(page, folder, chapter):
+    """Turn every figure into a MyST figure, with the alternative text and caption that its output brings along."""
+    for cell in page.cells:
+        figures = [output for output in cell.get("outputs", []) if "image/png" in output.get("metadata", {})]
+        for label, output in zip([cell.id, *(f"{cell.id}-{n}" for n in range(2, 99))], figures, strict=False):
+            about, name = output.metadata["image/png"], f"{chapter}-{label}.png"
+            (folder / name).write_bytes(base64.b64decode(output.data["image/png"]))
+            options = f":alt: {json.dumps(about['alt'], ensure_ascii=False)}\n:name: fig-{chapter[:2]}-{label}"
+            output.data = {"text/markdown": f":::{{figure}} {name}\n{options}\n\n{about.get('caption', '')}\n:::"}
+    return page
+
+
+def _kept(book):
+    """The committed records by chapter."""
+    return {record.chapter: record for record in map(Record.load, sorted(book.root.glob("book/results/*/paper.json")))}
+
+
+def ledger(book: Book) -> pd.DataFrame:
+    """Every claim of the papers: what the committed paper-profile record found, the section that shows it, the run."""
+    known, papers = claims(), yaml.safe_load((book.root / "book/claims.yml").read_text())["papers"]
+    if missing := {name[:2] for name in known} - papers.keys():
+        raise BookError(f"book/claims.yml: under papers, no entry for {', '.join(sorted(missing))}")
+    chapters, kept = {name[:2]: name for name in book.chapters()}, _kept(book)
+    found = {outcome.id: outcome for record in kept.values() for outcome in record.claims}
+    frame = compare(dict.fromkeys(known) | found)
+    frame.insert(0, "Title", [f"{name[:2]} {papers[name[:2]]['short']}" for name in frame["Claim"]])
+    frame.insert(2, "Where", [known[name].where for name in frame["Claim"]])
+    pages = {name: f"notebooks/{chapters[name[:2]]}.html" for name in known if name[:2] in chapters}
+    sections = {name: f"{page}#{make_id(known[name].section)}" for name, page in pages.items()}
+    frame["Section"] = [sections.get(name, "") for name in frame["Claim"]]
+    runs = {record.chapter[:2]: f"{record.created[:10]}, {record.provenance.commit[:10]}" for record in kept.values()}
+    frame["Run"] = [runs.get(name[:2], "") if name in found else "" for name in frame["Claim"]]
+    return frame
+
+
+def _at_a_glance(frame, folder):
+    """Draw how many claims of each paper have which verdict; return the numbers: title -> verdict -> number."""
+    from helpers.figures import verdict_bars
+
+    each = frame.drop_duplicates("Claim")
+    counts = pd.crosstab(each["Title"], each["Verdict"]).to_dict("index")
+    with atomic(folder / "book/_static/at-a-glance.png") as path:
+        verdict_bars(counts).savefig(path, dpi=150)
+    return counts
+
+
+def what_is_left(book: Book) -> list[dict]:
+    """The defences of book/left.yml: the text there, and for "weak" and "informed" also `shares`, one a seed.
+
+    A share is of the images on which the attacker does not win; without a committed record there are none.
+    Raises BookError for a curve, series or eps that the chapter's record does not have.
+    """
+    rows, kept = yaml.safe_load((book.root / "book/left.yml").read_text())["defences"], _kept(book)
+    for row in rows:
+        for end in (row["weak"], row["informed"]):
+            end["shares"] = []
+            if record := kept.get(row["chapter"]):
+                try:
+                    curve = record.curves[end["curve"]]
+                    (at,) = (k for k, eps in enumerate(curve.x) if abs(eps - row["eps"]) < 1e-4)
+                    found = [run[at] for run in curve.series[end["series"]]]
+                except (KeyError, ValueError) as error:
+                    raise BookError(f"book/left.yml: {row['chapter']}'s record lacks {end} at {row['eps']}") from error
+                end["shares"] = [1 - share for share in found] if end.get("beaten") else found
+    return rows
+
+
+def _left_standing(rows, folder):
+    """Draw `what_is_left`."""
+    from helpers.figures import left_standing
+
+    with atomic(folder / "book/_static/what-is-left.png") as path:
+        left_standing({f"{row['defence']}\n{row['threat']}": [row[end]["shares"] for end in ("weak", "informed")]
+                       for row in rows}).savefig(path, dpi=150)
+
+
+def stage(book: Book) -> None:
+    """Lay out what Sphinx reads in output/stage: pages, notebooks with outputs and card, and the pages of templates."""
+    stage = book.output / "stage"
+    shutil.rmtree(stage, ignore_errors=True)
+    unshown = shutil.ignore_patterns("executed", "results", "*.jinja")
+    shutil.copytree(book.root / "book", stage / "book", ignore=unshown)
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy(book.root / name, stage)
+    for name in ("notebooks", "book/downloads"):
+        (stage / name).mkdir()
+    pages = jinja2.Environment(loader=jinja2.FileSystemLoader(book.root / "book"), trim_blocks=True, autoescape=True)
+    frame = ledger(book)
+    frame.to_csv(stage / "book/downloads/ledger.csv", index=False)
+    frame.to_json(stage / "book/downloads/ledger.json", orient="records", indent=1, force_ascii=False)
+    shown = {chapter: _stage_chapter(book, chapter, stage, pages) for chapter in book.chapters()}
+    stale = [name for name in shown if (copy := book.committed(name)[0]).exists() and not _graft(book, name, copy)]
+    data = {"ledger": frame.to_dict("records"), "counts": _at_a_glance(frame, stage), "shown": shown, "stale": stale,
+            "kept": _kept(book), "left": what_is_left(book)}
+    _left_standing(data["left"], stage)
+    for name in ("index.md", "ledger.md", "status.md"):
+        (stage / "book" / name).write_text(pages.get_template(f"{name}.jinja").render(data, runs=status(book)))
+
+
+def _stage_chapter(book, chapter, stage, pages):
+    """Write a chapter's page and downloads; return the record that goes with it, None where there is no fresh run."""
+    choices, downloads = [book.committed(chapter), book.run(chapter)][book.show == "run":], stage / "book/downloads"
+    found = [(page, Record.load(record)) for executed, record in choices if (page := _graft(book, chapter, executed))]
+    page, record = found[0] if found else (book.source(chapter), None)
+    nbformat.write(page, downloads / f"{chapter}.ipynb")
+    if record:
+        (downloads / f"{chapter}.json").write_text(record.model_dump_json(indent=1))
+        record.comparison().to_csv(downloads / f"{chapter}.csv", index=False)
+    known = [*(book.run(chapter, name)[1] for name in PROFILES), book.committed(chapter)[1]]
+    times = {path.stem: Record.load(path).provenance.seconds for path in known if path.exists()}
+    title = page.cells[0].source.splitlines()[0].lstrip("# ")
+    card = pages.get_template("card.md.jinja").render(chapter=chapter, title=title, record=record, times=times)
+    page.cells.insert(1, nbformat.v4.new_markdown_cell(card, id="card"))
+    nbformat.write(_with_figures(page, stage / "notebooks", chapter), stage / f"notebooks/{chapter}.ipynb")
+    return record
+
+
+def build(book: Book) -> Path:
+    """Render the stage with Jupyter Book, warnings as errors, and put the site in its place; return its first page."""
+    with tempfile.TemporaryDirectory(dir=book.output) as made:
+        command = [Path(sysconfig.get_path("scripts"), "jupyter-book"), "build", book.output / "stage"]
+        options = ["-W", "--keep-going", "-q", "--path-output", made]
+        if code := subprocess.run([*command, *options], stdout=subprocess.DEVNULL).returncode:
+            raise BookError(f"jupyter-book ended with exit code {code}: its warnings, above, count as errors")
+        site, new = book.output / "html", Path(made, "_build/html")
+        for chapter in book.chapters():  # the page's own download button offers the notebook without card
+            shutil.copy(book.output / f"stage/book/downloads/{chapter}.ipynb", new / "_sources/notebooks")
+        scripts = {*new.glob("_static/mathjax/*.js")} - {new / "_static/mathjax/tex-chtml.js"}  # pages load this
+        spoken = [path for path in new.glob("_static/mathjax/sre/mathmaps/*.json") if path.stem not in ("base", "en")]
+        for unused in [*scripts, *spoken, *new.glob("_static/**/*.map")]:  # half of the site's bytes
+            unused.unlink()
+        if site.exists():
+            site.rename(Path(made, "old"))
+        new.rename(site)
+    return site / "index.html"
