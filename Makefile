@@ -3,6 +3,7 @@ PYTHON ?= python3
 PROFILE ?= smoke
 SHOW ?= auto
 CHAPTER ?=
+RUNS ?= 100
 SUITE ?= attacks detection rejection
 
 BIN := .venv/bin
@@ -17,13 +18,16 @@ export HELPERS_DATA := $(abspath $(HELPERS_DATA))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help book test paper bench lint clean
+.PHONY: help book site test paper bench soak lint clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 book: $(READY) ## execute the chapters and render the site [PROFILE=smoke|quick|paper SHOW=auto|run CHAPTER=02]
 	@$(HELPERS) book --profile $(PROFILE) --show $(SHOW) $(CHAPTERS)
+
+site: $(READY) ## render what the repository keeps, without executing anything: seconds
+	@$(HELPERS) site
 
 test: $(READY) ## run every test, the notebooks' smoke runs and the rendered site included
 	@$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(PYTEST)
@@ -34,6 +38,9 @@ paper: $(READY) ## run the paper profile for hours, resumable, and put its resul
 bench: $(PEERS) ## measure the attacks, the detectors and the SVMs against the plain way [SUITE="attacks detection rejection"]
 	@for suite in $(SUITE); do \
 	  PYTHONPATH=_build/bench-peers $(BIN)/python tests/benchmarks/bench_$$suite.py $(BENCH) || exit; done
+
+soak: $(READY) ## run chapters over seeds, threads, processors and Pythons, for hours, resumable [RUNS=100]
+	@$(BIN)/python tests/soak.py --runs $(RUNS)
 
 lint: $(READY) ## check style, spelling, notebooks without outputs and the workflows
 	@$(BIN)/ruff check .

@@ -1,9 +1,11 @@
-"""The book's checkout: its chapters, and where their runs are kept, on this machine and in the repository."""
+"""The book's checkout: its chapters, where runs of them are kept, here and in the repository, and what is fresh."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
+
+from helpers.records import Record, helpers_sha256
 
 
 class BookError(RuntimeError):
@@ -14,8 +16,9 @@ class BookError(RuntimeError):
 class Book:
     """A checkout (`root`), the folder for whatever is made from it (`output`), the profile, and what the pages show.
 
-    `show`: "auto" shows a chapter's committed paper-profile copy while it is fresh (its code cells equal the source's)
-    and this machine's run otherwise; "run" always shows the run.
+    `show`: "committed" shows a chapter's paper-profile copy in the repository, and where there is none the notebook
+    without results; "auto" shows the copy, and where there is none this machine's run; "run" shows the run, and where
+    there is none the copy. A page that is not fresh says so.
     """
 
     root: Path
@@ -43,3 +46,33 @@ class Book:
     def committed(self, chapter: str) -> tuple[Path, Path]:
         """Executed notebook and record of the paper-profile run that the repository keeps."""
         return self.root / f"book/executed/{chapter}.ipynb", self.root / f"book/results/{chapter}/paper.json"
+
+    def shown(self, chapter: str) -> tuple[Path, Path] | None:
+        """Executed notebook and record that the chapter's page is about; None where it shows no results."""
+        committed, run = self.committed(chapter), self.run(chapter)
+        choices = {"committed": [committed], "auto": [committed, run], "run": [run, committed]}[self.show]
+        return next((pair for pair in choices if all(path.exists() for path in pair)), None)
+
+    def changed(self, executed: Path, record: Path) -> list[str]:
+        """What has changed since a run, in sentences; nothing has: it is fresh."""
+        ran = Record.load(record)
+        same = {"The notebook's code has changed since this run.":
+                same_code(nbformat.read(executed, 4), self.source(ran.chapter)),
+                "Its numbers were computed with earlier helpers.": ran.provenance.helpers_sha256 == helpers_sha256()}
+        return [sentence for sentence, is_so in same.items() if not is_so]
+
+
+def same_code(one, other) -> bool:
+    """Whether two notebooks have the same code cells, but for the one that papermill injects."""
+    sources = [[cell.source for cell in code_cells(notebook)] for notebook in (one, other)]
+    return sources[0] == sources[1]
+
+
+def code_cells(notebook) -> list:
+    """A notebook's code cells, without the one that papermill injects."""
+    return [cell for cell in written(notebook) if cell.cell_type == "code"]
+
+
+def written(notebook) -> list:
+    """A notebook's cells, without the one that papermill injects."""
+    return [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]

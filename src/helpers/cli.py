@@ -1,9 +1,11 @@
 """The command line, `python -m helpers`: the Makefile's targets are thin names for it."""
 
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
+from filelock import FileLock, Timeout
 
 from helpers import __version__, execution, files, site
 from helpers.book import Book, BookError
@@ -30,50 +32,76 @@ def main():
 @_profile
 @_chapter
 @click.option("--show", type=click.Choice(["auto", "run"]), default="auto", show_default=True,
-              help="auto: a page shows the committed paper run while its code is unchanged. run: always this run.")
-def render(profile, chapters, show):
-    """Execute the chapters, then render the site."""
-    this = _run(profile, chapters, show)
-    site.stage(this)
-    index = site.build(this)
-    _print_runs(this)
-    click.echo(f"\nThe book is at {index}")
+              help="auto: a page shows the committed paper run where there is one. run: this run, where it succeeded.")
+def make(profile, chapters, show):
+    """Execute the chapters, then render the site, also where a chapter failed."""
+    failed = None
+    with _book(profile, show) as this:
+        try:
+            execution.execute(this, this.chapters(*chapters))
+        except BookError as error:
+            failed = error
+        index = site.render(this)
+        _print_runs(this)
+        click.echo(f"\nThe book is at {index}")
+    if failed:
+        raise failed
+
+
+@main.command("site")
+def render():
+    """Render what the repository keeps, without executing anything."""
+    with _book(show="committed") as this:
+        click.echo(f"The book is at {site.render(this)}")
 
 
 @main.command()
 @_profile
 @_chapter
-def run(profile, chapters):
+@click.option("--seed", default=0, show_default=True, help="The chapters' parameter SEED.")
+def run(profile, chapters, seed):
     """Execute the chapters without rendering the site."""
-    _print_runs(_run(profile, chapters))
+    with _book(profile) as this:
+        execution.execute(this, this.chapters(*chapters), seed)
+        _print_runs(this)
 
 
 @main.command()
 @_chapter
 def paper(chapters):
     """Execute in profile paper (hours, resumable) and put the results under book/."""
-    this = _run("paper", chapters)
-    for chapter in this.chapters(*chapters):
-        site.publish(this, chapter)
-        click.echo("to be committed: {} {}".format(*this.committed(chapter)))
+    with _book("paper") as this:
+        execution.execute(this, this.chapters(*chapters))
+        for chapter in this.chapters(*chapters):
+            site.publish(this, chapter)
+            click.echo("to be committed: {} {}".format(*this.committed(chapter)))
 
 
 @main.command()
 def status():
     """Show the last run of each chapter on this machine."""
-    _print_runs(_book())
+    _print_runs(_checkout())
 
 
-def _book(profile="smoke", show="auto"):
+def _checkout(profile="smoke", show="auto"):
     if not Path("_config.yml").exists():
         raise BookError(f"no _config.yml in {Path.cwd()}: run this in the folder of the book's checkout")
     return Book(Path.cwd(), files.output().resolve(), profile, show)
 
 
-def _run(profile, chapters, show="auto"):
-    this = _book(profile, show)
-    execution.execute(this, this.chapters(*chapters))
-    return this
+@contextmanager
+def _book(profile="smoke", show="auto"):
+    """The checkout, for one command at a time: each would remove what another makes in the same folder."""
+    this = _checkout(profile, show)
+    this.output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(this.output / ".lock")  # the system's: it goes with the process that holds it
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        click.echo(f"another command is at work in {this.output}: waiting for its end", err=True)
+        lock.acquire()
+    with lock:
+        yield this
 
 
 def _print_runs(this):
@@ -81,3 +109,5 @@ def _print_runs(this):
         verdicts = Counter(claim.verdict for claim in run.claims)
         text = ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items())
         click.echo(f"{run.chapter:40} {run.profile:6} {run.provenance.seconds:7.0f} s  {text}")
+    for failure in execution.failures(this):
+        click.echo(f"{failure.chapter:40} {failure.profile:6}    failed  {failure.cell}: {failure.error}")

@@ -1,17 +1,23 @@
-"""Executing chapters with papermill: `execute`, `status`.
+"""Executing chapters with papermill: `execute`, and what it left, `status` and `failures`.
 
     notebooks/ ─ execute ─► output/executed/, output/results/
 
 Each is made under another name and then renamed: nothing half written is found under its own name.
 """
 
+import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context, parent_process
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
 
 import nbformat
 import psutil
@@ -21,72 +27,202 @@ from helpers.book import Book, BookError
 from helpers.files import atomic
 from helpers.records import Record
 
-LIMITS = {"smoke": (300, 600), "quick": (1200, 2400), "paper": (12 * 3600, 24 * 3600)}  # seconds: a cell, a chapter
+# Processor seconds of a chapter, for each core of the machine. Time on the clock would measure its other work as well.
+LIMITS = {"smoke": 600, "quick": 2400, "paper": 24 * 3600}
+STALLED = 900  # seconds on the clock in which a chapter at work uses the processor for a thousandth of them
 
 
-def execute(book: Book, chapters: list[str]) -> None:
+@dataclass(frozen=True)
+class Failure:
+    """The last run of a chapter on this machine, which failed: when it ended (UTC), in which cell, and the error."""
+
+    chapter: str
+    profile: str
+    ended: str
+    cell: str
+    error: str
+
+    def __str__(self):
+        return f"{self.chapter}, profile {self.profile}: {self.cell}: {self.error}"
+
+
+def execute(book: Book, chapters: list[str], seed: int = 0) -> None:
     """Run chapters with papermill, each in a process of its own: in profile smoke a core each, else few at once.
 
-    Raises BookError with the name, cell and error of every chapter that failed: such a chapter leaves no output.
+    `seed` is their parameter SEED. Raises BookError with the name, cell and error of every chapter that failed. Such a
+    chapter leaves neither notebook nor record, but a note of its failure, which its next run removes.
     """
     cores = cpu_count()
     jobs = max(1, min(len(chapters), cores if book.profile == "smoke" else cores // 4))  # other units use all cores
-    with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
-        futures = {name: pool.submit(_execute, book, name, LIMITS[book.profile], cores // jobs) for name in chapters}
-    errors = {name: future.exception() for name, future in futures.items() if future.exception()}
-    if errors:
-        raise BookError("\n".join(f"{name}, profile {book.profile}: {error}" for name, error in errors.items()))
+    limits, waiting, running = (LIMITS[book.profile] * cores, STALLED), [*chapters], {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                process = _start(book, chapter := waiting.pop(0), seed, limits, cores // jobs)
+                running[process.sentinel] = process, chapter
+            for sentinel in connection.wait(running):
+                _ended(book, *running.pop(sentinel))
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+    failed = [failure for failure in failures(book) if failure.profile == book.profile and failure.chapter in chapters]
+    if failed:
+        logs = (book.run(failure.chapter)[0].with_suffix(".log") for failure in failed)
+        raise BookError("\n".join(f"{failure} (log: {log})" for failure, log in zip(failed, logs, strict=True)))
 
 
 def status(book: Book) -> list[Record]:
-    """Records of the last run of each chapter and profile on this machine."""
+    """Records of the last run of each chapter and profile on this machine, but for those that failed."""
     runs = [Record.load(path) for path in sorted(book.output.glob("results/*/*.json"))]
     return [run for run in runs if book.run(run.chapter, run.profile)[0].exists()]
 
 
-def _execute(book, chapter, limits, threads):
+def failures(book: Book) -> list[Failure]:
+    """The last runs of chapters on this machine that failed."""
+    notes = sorted(book.output.glob("executed/*/*.failed.json"))
+    return [Failure(**json.loads(note.read_text(encoding="utf-8"))) for note in notes]
+
+
+def _start(book, chapter, seed, limits, threads):
+    target, record = book.run(chapter)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for path in (target, record, _note(book, chapter)):
+        path.unlink(missing_ok=True)  # or a failed run would leave an earlier one's output in its place
+    process = get_context("spawn").Process(target=_execute, args=(book, chapter, seed, limits, threads), daemon=True)
+    process.start()
+    return process
+
+
+def _ended(book, process, chapter):
+    process.join()
+    if process.exitcode and not _note(book, chapter).exists():
+        _fail(book, chapter, "no cell", f"its process ended with exit code {process.exitcode}")
+
+
+def _note(book, chapter):
+    """Where a failure is noted, beside the log."""
+    return book.run(chapter)[0].with_suffix(".failed.json")
+
+
+def _fail(book, chapter, cell, error):
+    failure = Failure(chapter, book.profile, f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", cell, error)
+    with atomic(_note(book, chapter)) as partial:
+        partial.write_text(json.dumps(asdict(failure), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _execute(book, chapter, seed, limits, threads):
     """Body of a chapter's process."""
-    signal.signal(signal.SIGTERM, _end)
-    threading.Thread(target=lambda: _end(parent_process().join()), daemon=True).start()
+    (target, record), log = book.run(chapter), book.run(chapter)[0].with_suffix(".log")
+    with _workplace() as folder, open(log, "w", encoding="utf-8") as libraries:
+        sys.stderr = os.fdopen(os.dup(2), "w")  # the progress stays; what the kernel's libraries say is kept apart
+        os.dup2(libraries.fileno(), 2)
+        watch = _Watch(*limits)
+        watch.start()
+        try:
+            _papermill(book, chapter, seed, folder, threads)
+            if not record.exists():
+                raise BookError(f"the notebook ended without saving its record, {record}")
+            with atomic(target) as partial:
+                shutil.copyfile(folder / "run.ipynb", partial)
+        except Exception as error:
+            record.unlink(missing_ok=True)
+            cell, reason = _where(book.source(chapter), folder / "run.ipynb", error)
+            _fail(book, chapter, cell, watch.why or reason)
+
+
+def _papermill(book, chapter, seed, folder, threads):
     own = ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
     os.environ.update({name: str(book.output / "jupyter") for name in own}, HELPERS_OUTPUT=str(book.output))
     os.environ.update(JUPYTER_PATH="", TF_NUM_INTRAOP_THREADS=str(threads))
     import papermill  # after its settings: this interpreter's kernel, whatever else the user has installed
+    from traitlets.config import Config
 
-    (target, record), start = book.run(chapter), time.monotonic()
-    target.unlink(missing_ok=True)  # or a failed run would leave an earlier one's output in its place
-    record.unlink(missing_ok=True)
-    bar = {"desc": f"{chapter} [{book.profile}]", "bar_format": "{desc}: cell {n_fmt} of {total_fmt}, {elapsed}"}
-    with atomic(target) as partial, open(target.with_suffix(".log"), "w") as log:
-        sys.stderr = os.fdopen(os.dup(2), "w")  # the progress line stays; what the kernel's libraries say is kept apart
-        os.dup2(log.fileno(), 2)
-        try:
-            papermill.execute_notebook(
-                book.root / f"notebooks/{chapter}.ipynb", partial, {"PROFILE": book.profile}, kernel_name="python3",
-                progress_bar=bar, cwd=book.root / "notebooks", coalesce_streams=True,
-                timeout_func=lambda cell: max(1, min(limits[0], start + limits[1] - time.monotonic())))
-        except Exception as error:
-            record.unlink(missing_ok=True)
-            raise BookError(f"{_failure(book.source(chapter), partial, error, limits)} (log: {log.name})") from None
-        if not record.exists():
-            raise BookError(f"the notebook ended without saving its record, {record}")
+    form = {"bar_format": f"{chapter} [{book.profile}]: cell {{n_fmt}} of {{total_fmt}}, {{elapsed_s:.0f}} s"}
+    lines = {"file": _Lines(sys.stderr), "mininterval": 0, "miniters": 1, "leave": False}
+    papermill.execute_notebook(
+        book.root / f"notebooks/{chapter}.ipynb", folder / "run.ipynb", {"PROFILE": book.profile, "SEED": seed},
+        kernel_name="python3", cwd=book.root / "notebooks", coalesce_streams=True,
+        progress_bar=form | ({} if sys.stderr.isatty() else lines),
+        start_timeout=STALLED, iopub_timeout=STALLED,  # `_Watch` ends what hangs; these would measure the neighbours
+        # sockets with names: of two kernels that start at once, both may find the same TCP port free
+        config=Config(KernelManager={"transport": "ipc", "ip": str(folder / "kernel")}))
 
 
-def _end(*_):
-    """End this process with its kernel and the kernel's own workers, which would go on without the command."""
+class _Lines:
+    """What tqdm writes to where there is no terminal: a line of its own for each that would overwrite the last one."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, text):
+        if line := text.strip():
+            print(line, file=self.file, flush=True)
+
+    def flush(self):
+        """Nothing: each line is flushed."""
+
+
+class _Watch(threading.Thread):
+    """Ends the kernel and its workers when they have used `limit` s of the processor, or none for `stalled` s."""
+
+    def __init__(self, limit, stalled):
+        super().__init__(daemon=True)
+        self.limit, self.stalled, self.why = limit, stalled, ""
+
+    def run(self):
+        mark, since = 0, time.monotonic()
+        while not self.why:
+            time.sleep(1)
+            used = _processor_seconds()
+            if not 0 <= used - mark < self.stalled / 1000:  # less: a worker has gone, and what it used with it
+                mark, since = used, time.monotonic()
+            if used > self.limit:
+                self.why = f"limit reached ({self.limit:g} s of the processor)"
+            elif time.monotonic() - since > self.stalled:
+                self.why = f"hung: {self.stalled:g} s without use of the processor"
+        _kill_children()
+
+
+def _processor_seconds():
+    """Processor time of this process's children and theirs, those that have ended included."""
+    times = []
     for process in psutil.Process().children(recursive=True):
-        process.kill()
-    os._exit(1)
+        with suppress(psutil.Error):  # it has just ended
+            times.append(process.cpu_times())
+    return sum(t.user + t.system + t.children_user + t.children_system for t in times)
 
 
-def _failure(source, partial, error, limits):
-    """Cell (numbered as in the source), its first line, and the error, from the notebook that papermill left behind."""
-    ran = nbformat.read(partial, 4).cells if partial.stat().st_size else []
-    tried = [cell for cell in ran if cell.cell_type == "code" and cell.metadata.papermill.start_time]
+@contextmanager
+def _workplace():
+    """A folder that goes when the process ends. Sockets go there: their names may have 100 characters at most."""
+    short = None if len(tempfile.gettempdir()) < 60 else "/tmp"
+    with tempfile.TemporaryDirectory(prefix="book-", dir=short) as folder:
+        def end(*_):
+            """End this process with its kernel and the kernel's workers, which would go on without the command."""
+            _kill_children()
+            shutil.rmtree(folder, ignore_errors=True)
+            os._exit(1)
+
+        signal.signal(signal.SIGTERM, end)
+        signal.signal(signal.SIGINT, end)
+        threading.Thread(target=lambda: end(parent_process().join()), daemon=True).start()
+        yield Path(folder)
+
+
+def _kill_children():
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            process.kill()
+
+
+def _where(source, ran, error):
+    """Cell (numbered as in the source) with its first line, and the error, from the notebook that papermill left."""
+    if isinstance(error, BookError):
+        return "after the last cell", str(error)
+    cells = nbformat.read(ran, 4).cells if ran.exists() else []
+    tried = [cell for cell in cells if cell.cell_type == "code" and cell.metadata.papermill.start_time]
     if not tried:
-        return f"before the first cell: {error!r}"
+        return "before the first cell", repr(error)
     reasons = [f"{output.ename}: {output.evalue}" for output in tried[-1].outputs if output.output_type == "error"]
-    if type(error).__name__ == "CellTimeoutError":  # which interrupts the cell, and that is an error of the cell, too
-        reasons = ["time limit reached ({} s a cell, {} s a chapter)".format(*limits)]
     number = {cell.id: n for n, cell in enumerate(source.cells, 1)}.get(tried[-1].id, "of parameters")
-    return f"cell {number} `{tried[-1].source.strip().splitlines()[0]}`: {(reasons or [repr(error)])[0]}"
+    return f"cell {number} `{tried[-1].source.strip().splitlines()[0]}`", (reasons or [repr(error)])[0]

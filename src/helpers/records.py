@@ -106,6 +106,12 @@ class Curve(_Strict):
         return self
 
 
+def helpers_sha256() -> str:
+    """Return one SHA-256 of the helpers' source: of what `sha256sum *.py` prints in their folder."""
+    sums = (f"{files.sha256(path)}  {path.name}\n" for path in sorted(_PACKAGE.glob("*.py")))
+    return hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
 def claims(path: str | Path | None = None) -> dict[str, Claim]:
     """Return the papers' claims by id, from `path` or the book's claims.yml."""
     path = path or next(filter(Path.exists, (_PACKAGE / "claims.yml", _PACKAGE.parents[1] / "book/claims.yml")))
@@ -153,9 +159,8 @@ class Record(_Strict):
         `datasets` holds the `provenance()` of each data set by name.
         """
         commit, dirty = _revision()
-        sums = (f"{files.sha256(path)}  {path.name}\n" for path in sorted(_PACKAGE.glob("*.py")))  # as sha256sum prints
         return cls(chapter=chapter, profile=profile, created=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", provenance={
-            "commit": commit, "dirty": dirty, "helpers_sha256": hashlib.sha256("".join(sums).encode()).hexdigest(),
+            "commit": commit, "dirty": dirty, "helpers_sha256": helpers_sha256(),
             "python": platform.python_version(), "device": _device(), "cpu_count": cpu_count(), "seconds": 0.0,
             "packages": versions(*PACKAGES), "datasets": dict(datasets)})
 

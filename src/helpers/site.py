@@ -20,48 +20,51 @@ import pandas as pd
 import yaml
 from docutils.nodes import make_id
 
-from helpers.book import Book, BookError
-from helpers.execution import status
+from helpers.book import Book, BookError, code_cells, same_code, written
+from helpers.execution import failures, status
 from helpers.files import atomic
 from helpers.profiles import PROFILES
 from helpers.records import Record, claims, compare
 
 MAX_BYTES = 2_000_000  # of an executed copy in the repository
+MAX_CHARACTERS = 2_000  # of an error on a page
 
 
 def publish(book: Book, chapter: str) -> None:
     """Copy the run's notebook and record under `book/`; BookError when the notebook has changed or is too large."""
     (ran, record), (executed, paper) = book.run(chapter), book.committed(chapter)
-    if (page := _graft(book, chapter, ran)) is None:
+    if not same_code(nbformat.read(ran, 4), book.source(chapter)):
         raise BookError(f"{chapter}: the notebook's code has changed since {ran} was run")
-    text = nbformat.writes(page) + "\n"
+    text = nbformat.writes(_page(book, chapter, ran)) + "\n"
     if (size := len(text.encode())) > MAX_BYTES:
         raise BookError(f"{chapter}: the executed copy has {size:,} bytes, more than {MAX_BYTES:,}")
-    for path, content in ((executed, text), (paper, record.read_text())):
+    for path, content in ((executed, text), (paper, record.read_text(encoding="utf-8"))):
         with atomic(path) as temporary:
-            temporary.write_text(content)
+            temporary.write_text(content, encoding="utf-8")
     _at_a_glance(ledger(book), book.root)  # for the README
 
 
-def _graft(book, chapter, executed):
-    """The source notebook with the outputs of an executed copy, or None when their code cells differ: a stale copy.
+def _page(book, chapter, executed):
+    """The source notebook with the outputs of an executed copy; where their code differs, the copy as it is.
 
-    The prose is the source's. What papermill injected, what libraries logged and this machine's paths stay behind.
+    What papermill injected, what libraries logged and this machine's paths stay behind.
     """
-    page, ran = book.source(chapter), nbformat.read(executed, 4).cells if executed.exists() else []
-    cells = [cell for cell in page.cells if cell.cell_type == "code"]
-    ran = [cell for cell in ran
-           if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])]
-    if [cell.source for cell in cells] != [cell.source for cell in ran]:
-        return None
+    page, ran = book.source(chapter), nbformat.read(executed, 4)
+    if not same_code(page, ran):
+        page.cells = [nbformat.from_dict({**cell, "metadata": {}}) for cell in written(ran)]
+    for cell, done in zip(code_cells(page), code_cells(ran), strict=True):
+        outputs = [output for output in done.outputs if output.get("name") != "stderr"]
+        cell.outputs = nbformat.from_dict(json.loads(_without_places(book, json.dumps(outputs))))
+        cell.execution_count = done.execution_count
+    return page
+
+
+def _without_places(book, text):
+    """Text without the folders of this machine that stand before its paths."""
     data = os.environ.get("HELPERS_DATA") or sys.prefix
     folders = map(str, [book.root, book.output, data, sys.prefix, Path.home(), tempfile.gettempdir()])
     names = "|".join(re.escape(f"{folder}/") for folder in sorted(folders, key=len, reverse=True))
-    for cell, done in zip(cells, ran, strict=True):
-        outputs = [output for output in done.outputs if output.get("name") != "stderr"]
-        cell.outputs = nbformat.from_dict(json.loads(re.sub(rf"(?<![\w+/])(?:{names})", "", json.dumps(outputs))))
-        cell.execution_count = done.execution_count
-    return page
+    return re.sub(rf"(?<![\w+/])(?:{names})", "", text)
 
 
 def _with_figures(page, folder, chapter):
@@ -83,7 +86,7 @@ def _kept(book):
 
 def ledger(book: Book) -> pd.DataFrame:
     """Every claim of the papers: what the committed paper-profile record found, the section that shows it, the run."""
-    known, papers = claims(), yaml.safe_load((book.root / "book/claims.yml").read_text())["papers"]
+    known, papers = claims(), yaml.safe_load((book.root / "book/claims.yml").read_text(encoding="utf-8"))["papers"]
     if missing := {name[:2] for name in known} - papers.keys():
         raise BookError(f"book/claims.yml: under papers, no entry for {', '.join(sorted(missing))}")
     chapters, kept = {name[:2]: name for name in book.chapters()}, _kept(book)
@@ -116,7 +119,7 @@ def what_is_left(book: Book) -> list[dict]:
     A share is of the images on which the attacker does not win; without a committed record there are none.
     Raises BookError for a curve, series or eps that the chapter's record does not have.
     """
-    rows, kept = yaml.safe_load((book.root / "book/left.yml").read_text())["defences"], _kept(book)
+    rows, kept = yaml.safe_load((book.root / "book/left.yml").read_text(encoding="utf-8"))["defences"], _kept(book)
     for row in rows:
         for end in (row["weak"], row["informed"]):
             end["shares"] = []
@@ -140,6 +143,12 @@ def _left_standing(rows, folder):
                        for row in rows}).savefig(path, dpi=150)
 
 
+def render(book: Book) -> Path:
+    """Lay out the pages and render them; return the site's first page."""
+    stage(book)
+    return build(book)
+
+
 def stage(book: Book) -> None:
     """Lay out what Sphinx reads in output/stage: pages, notebooks with outputs and card, and the pages of templates."""
     stage = book.output / "stage"
@@ -152,33 +161,48 @@ def stage(book: Book) -> None:
         (stage / name).mkdir()
     pages = jinja2.Environment(loader=jinja2.FileSystemLoader(book.root / "book"), trim_blocks=True, autoescape=True)
     frame = ledger(book)
-    frame.to_csv(stage / "book/downloads/ledger.csv", index=False)
+    frame.to_csv(stage / "book/downloads/ledger.csv", index=False, encoding="utf-8")
     frame.to_json(stage / "book/downloads/ledger.json", orient="records", indent=1, force_ascii=False)
     shown = {chapter: _stage_chapter(book, chapter, stage, pages) for chapter in book.chapters()}
-    stale = [name for name in shown if (copy := book.committed(name)[0]).exists() and not _graft(book, name, copy)]
-    data = {"ledger": frame.to_dict("records"), "counts": _at_a_glance(frame, stage), "shown": shown, "stale": stale,
-            "kept": _kept(book), "left": what_is_left(book)}
+    data = {"ledger": frame.to_dict("records"), "counts": _at_a_glance(frame, stage), "shown": shown,
+            "changed": {chapter: book.changed(*book.shown(chapter)) for chapter in shown if shown[chapter]},
+            "stale": [chapter for chapter in _kept(book) if book.changed(*book.committed(chapter))],
+            "kept": _kept(book), "left": what_is_left(book), "runs": status(book), "failures": failures(book)}
     _left_standing(data["left"], stage)
     for name in ("index.md", "ledger.md", "status.md"):
-        (stage / "book" / name).write_text(pages.get_template(f"{name}.jinja").render(data, runs=status(book)))
+        text = pages.get_template(f"{name}.jinja").render(data)
+        (stage / "book" / name).write_text(text, encoding="utf-8")
 
 
 def _stage_chapter(book, chapter, stage, pages):
-    """Write a chapter's page and downloads; return the record that goes with it, None where there is no fresh run."""
-    choices, downloads = [book.committed(chapter), book.run(chapter)][book.show == "run":], stage / "book/downloads"
-    found = [(page, Record.load(record)) for executed, record in choices if (page := _graft(book, chapter, executed))]
-    page, record = found[0] if found else (book.source(chapter), None)
+    """Write a chapter's page and downloads; return the record that goes with it, None where it shows no results."""
+    found, downloads = book.shown(chapter), stage / "book/downloads"
+    page, record = (_page(book, chapter, found[0]), Record.load(found[1])) if found else (book.source(chapter), None)
     nbformat.write(page, downloads / f"{chapter}.ipynb")
     if record:
-        (downloads / f"{chapter}.json").write_text(record.model_dump_json(indent=1))
-        record.comparison().to_csv(downloads / f"{chapter}.csv", index=False)
+        (downloads / f"{chapter}.json").write_text(record.model_dump_json(indent=1), encoding="utf-8")
+        record.comparison().to_csv(downloads / f"{chapter}.csv", index=False, encoding="utf-8")
     known = [*(book.run(chapter, name)[1] for name in PROFILES), book.committed(chapter)[1]]
     times = {path.stem: Record.load(path).provenance.seconds for path in known if path.exists()}
     title = page.cells[0].source.splitlines()[0].lstrip("# ")
-    card = pages.get_template("card.md.jinja").render(chapter=chapter, title=title, record=record, times=times)
+    changed = book.changed(*found) if found else []
+    facts = {"chapter": chapter, "title": title, "record": record, "times": times, "changed": changed}
+    card = _banners(book, chapter, changed) + pages.get_template("card.md.jinja").render(facts)
     page.cells.insert(1, nbformat.v4.new_markdown_cell(card, id="card"))
     nbformat.write(_with_figures(page, stage / "notebooks", chapter), stage / f"notebooks/{chapter}.ipynb")
     return record
+
+
+def _banners(book, chapter, changed):
+    """Admonitions above the card: what has changed since the run that the page shows, and runs that failed here."""
+    text = f":::{{warning}}\n{' '.join(changed)}\n:::\n\n" if changed else ""
+    for failure in (failure for failure in failures(book) if failure.chapter == chapter):
+        said = _without_places(book, f"{failure.cell}: {failure.error}")[:MAX_CHARACTERS]
+        said = re.sub(r"\x1b\[[\d;]*m|[\x00-\x08\x0b-\x1f]", "", said)  # colours of a terminal
+        colons, ticks = (max(re.findall(f"{mark}+", said) + [2 * mark], key=len) + mark for mark in ":`")
+        text += (f"{colons}{{error}}\nThe last run in profile {failure.profile} on the machine that built this page "
+                 f"failed, on {failure.ended[:10]}:\n\n{ticks}text\n{said}\n{ticks}\n{colons}\n\n")
+    return text
 
 
 def build(book: Book) -> Path:

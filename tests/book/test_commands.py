@@ -45,7 +45,8 @@ def checkout(tmp_path):
 
 def test_make_lists_its_targets():
     listed = make(cwd=ROOT).stdout.splitlines()
-    assert [line.split()[1] for line in listed] == ["help", "book", "test", "paper", "bench", "lint", "clean"]
+    assert [line.split()[1] for line in listed] == [
+        "help", "book", "site", "test", "paper", "bench", "soak", "lint", "clean"]
 
 
 def test_set_up_is_from_the_lock_with_hashes_and_done_once(checkout, tmp_path):

@@ -10,10 +10,11 @@ import nbformat
 import psutil
 import pytest
 from conftest import RECORD, command
+from joblib import cpu_count
 
 from helpers import execution
 from helpers.book import Book, BookError
-from helpers.execution import execute, status
+from helpers.execution import Failure, execute, failures, status
 from helpers.records import Record
 
 
@@ -42,8 +43,14 @@ def test_a_failing_cell_is_named_and_no_earlier_output_stays(tiny):
     with pytest.raises(BookError, match=r"02_tiny, profile smoke: cell 5 `# a comment`: IndexError: list index out"):
         execute(book, book.chapters())
     assert not any(path.exists() for path in book.run("02_tiny"))
-    assert [path.name for path in book.run("02_tiny")[0].parent.iterdir()] == ["02_tiny.log"]
+    assert {path.name for path in book.run("02_tiny")[0].parent.iterdir()} == {"02_tiny.log", "02_tiny.failed.json"}
+    (failure,) = failures(book)
+    reason = "IndexError: list index out of range"
+    assert failure == Failure("02_tiny", "smoke", failure.ended, "cell 5 `# a comment`", reason)
     assert not status(book)
+    tiny(RECORD)
+    execute(book, book.chapters())
+    assert not failures(book) and len(status(book)) == 1
 
 
 def test_one_failing_chapter_does_not_hide_the_other(tiny):
@@ -53,13 +60,35 @@ def test_one_failing_chapter_does_not_hide_the_other(tiny):
         execute(book, book.chapters())
 
 
-@pytest.mark.parametrize("limits", [(1, 60), (60, 1)], ids=["cell", "chapter"])
-def test_time_limits(tiny, monkeypatch, limits):
-    monkeypatch.setitem(execution.LIMITS, "smoke", limits)
-    book = tiny("import time; time.sleep(40)")
-    with pytest.raises(BookError, match=r"02_tiny, .*cell 3 `import time.*`: time limit reached \(\d+ s a cell"):
+SPIN = "import time\nend = time.process_time() + 30\nwhile time.process_time() < end:\n    pass"
+
+
+@pytest.mark.parametrize("spin", [SPIN, f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SPIN!r}])"],
+                         ids=["kernel", "child"])
+def test_a_chapter_is_stopped_by_its_own_processor_time(tiny, monkeypatch, spin):
+    monkeypatch.setitem(execution.LIMITS, "smoke", 6 / cpu_count())
+    book = tiny("x = 1", spin, RECORD)
+    with pytest.raises(BookError, match=r"02_tiny, .*cell 4 `import .*`: limit reached \(6 s of the processor\)"):
         execute(book, book.chapters())
     assert not book.run("02_tiny")[0].exists()
+
+
+def test_a_chapter_that_hangs_is_stopped_and_one_that_is_slow_is_not(tiny, monkeypatch):
+    monkeypatch.setattr(execution, "STALLED", 4)
+    book = tiny("import time; time.sleep(100)", RECORD)
+    tiny(SPIN.replace("30", "8"), RECORD.replace("02", "04").replace("sec4.train_accuracy", "sec51.mnist_accuracy"),
+         name="04_tiny")
+    with pytest.raises(BookError, match=r"^02_tiny, .*cell 3 `import time.*`: hung: 4 s without use of .*log\)$"):
+        execute(book, book.chapters())
+    assert [run.chapter for run in status(book)] == ["04_tiny"]
+
+
+def test_a_chapter_s_process_that_is_killed_is_named_and_hides_no_other(tiny):
+    book = tiny("import os, signal", "os.kill(os.getppid(), signal.SIGKILL)")
+    tiny(RECORD.replace("02", "04").replace("sec4.train_accuracy", "sec51.mnist_accuracy"), name="04_tiny")
+    with pytest.raises(BookError, match=r"^02_tiny, profile smoke: no cell: its process ended with exit code -9"):
+        execute(book, book.chapters())
+    assert [run.chapter for run in status(book)] == ["04_tiny"]
 
 
 def test_a_kernel_that_dies_is_named(tiny):
@@ -189,4 +218,4 @@ def test_a_failing_chapter_fails_the_command(tiny):
     done = command("book", cwd=book.root, HELPERS_OUTPUT=str(book.output))
     assert done.returncode == 1
     assert "02_tiny, profile smoke: cell 3 `1 / 0`: ZeroDivisionError: division by zero" in done.stderr
-    assert "Traceback" not in done.stderr and not (book.output / "html").exists()
+    assert "Traceback" not in done.stderr and f"The book is at {book.output / 'html/index.html'}" in done.stdout

@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import shutil
+from html import unescape
 
 import nbformat
 import numpy as np
@@ -51,23 +52,65 @@ def commit(book, printed="the paper run", profile="paper"):
     return found
 
 
-def test_the_committed_copy_is_shown_while_it_is_fresh(tiny):
+def test_what_each_choice_shows(tiny):
     book = tiny(RECORD)
+    choices = {show: Book(book.root, book.output, show=show) for show in ("committed", "auto", "run")}
+    assert all("**Not run yet.**" in page(choice).cells[1].source for choice in choices.values())
     execute(book, book.chapters())
+    profiles = [re.findall(r"\*\*Profile shown: (\w+)", text(page(choice))) for choice in choices.values()]
+    assert profiles == [[], ["smoke"], ["smoke"]]
     commit(book)
-    assert "the paper run" in text(page(book)) and "**Profile shown: paper.**" in page(book).cells[1].source
-    run = Book(book.root, book.output, show="run")
-    assert "the paper run" not in text(page(run)) and "**Profile shown: smoke.**" in page(run).cells[1].source
+    profiles = [re.findall(r"\*\*Profile shown: (\w+)", text(page(choice))) for choice in choices.values()]
+    assert profiles == [["paper"], ["paper"], ["smoke"]]
+    assert ["the paper run" in text(page(choice)) for choice in choices.values()] == [True, True, False]
+    assert not any("warning" in page(choice).cells[1].source for choice in choices.values())
+    assert "| yes |" in (book.output / "stage/book/status.md").read_text()
 
 
-def test_a_stale_copy_is_not_shown(tiny):
+def test_a_copy_with_other_code_is_shown_as_it_is_and_says_so_everywhere(tiny):
     book = tiny(RECORD)
     commit(book)
     tiny(RECORD + "\nprint('new')")
-    assert "the paper run" not in text(page(book)) and "**Not run yet.**" in page(book).cells[1].source
+    source, sentence = book.source("02_tiny"), "The notebook's code has changed since this run."
+    source.cells[0].source = "# Better title"
+    nbformat.write(source, book.root / "notebooks/02_tiny.ipynb")
+    shown = page(book)
+    assert shown.cells[0].source == "# Tiny chapter" and shown.cells[-1].source == RECORD
+    assert shown.cells[-1].outputs[0].text == "the paper run"
+    assert shown.cells[1].source.startswith(f":::{{warning}}\n{sentence}\n:::\n")
+    assert "**Profile shown: paper.**" in shown.cells[1].source
     assert "Its code has changed since" in (book.output / "stage/book/ledger.md").read_text()
-    execute(book, book.chapters())
-    assert "new" in page(book).cells[-1].outputs[0].text and "**Profile shown: smoke.**" in page(book).cells[1].source
+    assert f"| {sentence} |" in unescape((book.output / "stage/book/status.md").read_text())
+    build(book)
+
+
+def test_numbers_of_other_helpers_are_shown_and_said_to_be_so_everywhere(tiny, monkeypatch):
+    book, sentence = tiny(RECORD), "Its numbers were computed with earlier helpers."
+    commit(book)
+    assert sentence not in text(page(book))
+    monkeypatch.setattr("helpers.book.helpers_sha256", lambda: 64 * "0")
+    assert "the paper run" in text(page(book)) and f"\n{sentence}\n" in page(book).cells[1].source
+    assert "Its code has changed since" in (book.output / "stage/book/ledger.md").read_text()
+    assert f"| {sentence} |" in unescape((book.output / "stage/book/status.md").read_text())
+
+
+def test_a_failed_chapter_is_named_shows_its_committed_copy_and_the_others_are_rendered(tiny):
+    book = tiny("raise ValueError('``` <b>not bold</b> *nor this*\\n:::::\\n\\n# no heading {cite}`none`\\x1b[31m ε')")
+    commit(book)
+    tiny(RECORD.replace("02", "04").replace("sec4.train_accuracy", "sec51.mnist_accuracy"), name="04_tiny")
+    done = command("book", "--show", "run", cwd=book.root, HELPERS_OUTPUT=str(book.output))
+    assert done.returncode == 1 and "02_tiny, profile smoke: cell 3 `raise Val" in done.stderr
+    assert "Traceback" not in done.stderr and f"The book is at {book.output / 'html/index.html'}" in done.stdout
+    for _ in range(2):
+        failed, fine, status = ((book.output / f"html/{page}.html").read_text() for page in (
+            "notebooks/02_tiny", "notebooks/04_tiny", "book/status"))
+        said = "``` &lt;b&gt;not bold&lt;/b&gt; *nor this*\n:::::\n\n# no heading {cite}`none` ε\n</pre>"
+        assert said in failed and "failed, on" in failed
+        assert "Profile shown: paper" in failed and "the paper run" in failed
+        assert " failed, on" not in fine
+        assert re.search(r"<td>failed</td><td>cell 3 `raise .*&lt;b&gt;not bold", status)
+        done = command("site", cwd=book.root, HELPERS_OUTPUT=str(book.output))
+        assert done.returncode == 0, done.stderr
 
 
 def test_new_prose_does_not_make_a_copy_stale(tiny):

@@ -68,7 +68,7 @@ def test_lock_satisfies_every_requirement(python, system, machine):
 def test_imports_are_declared(path):
     """On Colab only what makes the book may lack something: the extra `book` alone has papermill and Jupyter Book."""
     extras = PROJECT["optional-dependencies"]
-    of_the_book = path.stem in ("book", "execution", "site")
+    of_the_book = path.stem in ("book", "cli", "execution", "site")
     lines = PROJECT["dependencies"] + extras["cpu"] + (extras["book"] if of_the_book else [])
     declared = {canonicalize_name(Requirement(line).name) for line in lines}
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
