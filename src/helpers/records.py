@@ -141,14 +141,45 @@ def _ours(claim, ours):
     return str(ours or "–")
 
 
+class Flag(_Strict):
+    """Whether one condition of a sound evaluation was met: a row of `helpers.flags`, and what it was checked on.
+
+    `spoils`: beginnings of the ids of the claims whose numbers hang on it; none: all of the chapter.
+    """
+
+    where: str
+    check: str
+    measured: Finite
+    low: Finite
+    high: Finite
+    limit: Finite
+    relation: Literal[">=", "<="]
+    n: NonNegativeInt
+    passed: bool
+    spoils: list[str] = []
+
+    @property
+    def name(self):
+        """What it was checked on, and the check: by this name book/flags.yml explains it."""
+        return f"{self.where}: {self.check}"
+
+    def touches(self, id):
+        """Whether the numbers of the claim `id` hang on it."""
+        return not self.spoils or any(id.startswith(start) for start in self.spoils)
+
+
 class Record(_Strict):
-    """The results of one run of a chapter: `start` it, add to it with `claim`, `table` and `curve`, then `save` it."""
+    """The results of one run of a chapter.
+
+    `start` it, add to it with `claim`, `flag`, `table` and `curve`, then `save` it.
+    """
 
     chapter: Annotated[str, Field(pattern=r"^\d\d_\w+$")]
     profile: Literal[PROFILES]
     created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
     provenance: Provenance
     claims: list[Outcome] = []
+    flags: list[Flag] | None = None  # records from before there were flags have none
     tables: dict[str, list[dict[str, str | bool | int | Finite | None]]] = {}
     curves: dict[str, Curve] = {}
 
@@ -191,6 +222,30 @@ class Record(_Strict):
         verdict = _VERDICTS[max(ranks) if ranks and self.profile != "smoke" else 3]  # smoke is never a reproduction
         self.claims.append(Outcome(id=id, ours=ours.get("", ours or None), note=note, verdict=verdict))
         return verdict
+
+    def flag(self, where: str, rows: Iterable[Mapping] | pd.DataFrame, spoils: Iterable[str] = ()) -> pd.DataFrame:
+        """Add rows of `helpers.flags`, checked on `where` (a network, an attack, a data set), and return their table.
+
+        `spoils`: beginnings of the ids whose numbers hang on them; none: all of the chapter.
+        Raises ValueError for a row that was given before, and for a beginning that no claim of the chapter has.
+        """
+        rows = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows
+        found = [Flag(where=where, spoils=list(spoils), **row) for row in rows]
+        known, every = [flag.name for flag in self.flags or []], claims()
+        for flag in found:
+            if flag.name in known:
+                raise ValueError(f"rows: {flag.name!r} was flagged before")
+            known.append(flag.name)
+        for start in spoils:
+            if not start.startswith(self.chapter[:2]) or not any(id.startswith(start) for id in every):
+                raise ValueError(f"spoils: no claim of {self.chapter} begins with {start!r}")
+        self.flags = [*(self.flags or []), *found]
+        return pd.DataFrame([flag.model_dump(exclude={"where", "spoils"}) for flag in found])
+
+    def raised(self, id: str | None = None) -> list[Flag]:
+        """Return the flags that did not pass, of one claim or all; the profile smoke judges nothing and has none."""
+        found = [] if self.profile == "smoke" else self.flags or []
+        return [flag for flag in found if not flag.passed and (id is None or flag.touches(id))]
 
     def table(self, name: str, rows: Iterable[Mapping]) -> None:
         """Add a table: one dictionary a row, of strings, finite numbers, truth values or None."""

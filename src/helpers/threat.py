@@ -56,6 +56,16 @@ class ThreatModel:
         delta = (np.asarray(x_adv, "float64") - np.asarray(x, "float64")).reshape(len(x), -1)
         return np.abs(delta).max(axis=1) if self.norm == "linf" else np.linalg.norm(delta, axis=1)
 
+    def contains(self, x_adv, x):
+        """Which images are valid and within `eps` of the originals but for rounding in float32, (n,) bool.
+
+        A pixel is rounded by half a unit in the last place, in x + change and in the limits; an l2 length adds up.
+        """
+        rounding = np.finfo("float32").eps * (2 if self.norm == "linf" else (1 + self.eps) * x[0].size ** 0.5)
+        flat = np.asarray(x_adv).reshape(len(x), -1)
+        valid = (flat.min(axis=1) >= np.float32(self.bounds[0])) & (flat.max(axis=1) <= np.float32(self.bounds[1]))
+        return valid & (self.distance(x_adv, x) <= self.eps + rounding)
+
 
 def diameter(shape, norm, bounds):
     """Largest distance between two valid images of `shape` (h, w, c): a ball of that radius holds all of them."""

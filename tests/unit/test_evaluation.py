@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from helpers import attacks, evaluation, models
+from helpers import attacks, evaluation, flags, models
 from helpers.threat import ThreatModel
 from helpers.training import fit
 
@@ -70,6 +70,7 @@ class Mask(layers.Layer):
             "reversed": lambda: with_gradient(x, lambda upstream: -upstream),
             "zero": lambda: with_gradient(x, lambda upstream: 0 * upstream),
             "rippled": lambda: x + 0.02 * tf.sin(3000 * x),
+            "noisy": lambda: x + tf.random.normal(tf.shape(x), stddev=0.1, dtype=x.dtype),
         }[self.kind]()
 
 
@@ -78,6 +79,8 @@ def with_gradient(x, gradient):
 
 
 def masked(network, kind):
+    if kind == "loud":
+        return keras.Sequential([layers.Input(SHAPE), *network.layers, layers.Rescaling(1000.0)])
     return keras.Sequential([layers.Input(SHAPE), Mask(kind), *network.layers])
 
 
@@ -255,33 +258,77 @@ def test_the_gradients_of_the_networks_are_exact(build):
     """Also on a blank background, where max-pooling has ties and a new network's ReLUs get exactly 0."""
     x = np.zeros((20, 8, 8, 1), "float32")
     x[:, 3:5, 3:5] = np.random.default_rng(0).uniform(0, 1, (20, 2, 2, 1))
-    y = np.arange(20) % 3
-    assert evaluation.gradient_error(build(), x, y) < 1e-4
+    errors, kinked = evaluation.gradient_errors(build(), x, np.arange(20) % 3)
+    assert kinked.mean() <= 0.1 and errors[~kinked].max() < 1e-4
 
 
 @pytest.mark.parametrize(("kind", "least"), [("doubled", 0.01), ("reversed", 0.01), ("half stopped", 0.01),
                                              ("zero", 1), ("stopped", 1)])  # fmt: skip
 def test_a_wrong_gradient_is_noticed(network, kind, least):
-    assert evaluation.gradient_error(masked(network, "none"), X, Y) < 1e-4
-    assert evaluation.gradient_error(masked(network, kind), X, Y) > least
+    errors, kinked = evaluation.gradient_errors(masked(network, "none"), X, Y)
+    assert kinked.mean() <= 0.1 and errors[~kinked].max() < 1e-4
+    errors, kinked = evaluation.gradient_errors(masked(network, kind), X, Y)
+    assert kinked.mean() <= 0.1 and errors[~kinked].max() > least
 
 
-def test_the_share_of_images_with_a_gradient(network):
-    assert evaluation.gradient_share(network, X, Y) == 1
+def test_images_on_a_kink_are_left_out_and_counted(network):
+    """One image within 1e-7 of a kink is no wrong gradient: a deterministic machine would be red for ever by it."""
+    images = X + np.random.default_rng(0).uniform(-0.01, 0.01, X.shape)  # where the check takes its gradients
+    kink = images[7, 2, 3, 0] + 1e-9
+    here = keras.Sequential([layers.Input(SHAPE), Kink(kink), *network.layers])
+    errors, kinked = evaluation.gradient_errors(here, X, Y)
+    assert errors[7] > 1e-2 and kinked[7] and kinked.sum() <= 4 and errors[~kinked].max() < 1e-4
+    assert not flags.raised(evaluation.gradient_flags(here, X, Y))
+
+
+@keras.saving.register_keras_serializable("test")
+class Kink(layers.Layer):
+    """Pass the images on; one pixel counts double on one side of `at`."""
+
+    def __init__(self, at, **options):
+        super().__init__(**options)
+        self.at = at
+
+    def get_config(self):
+        return super().get_config() | {"at": self.at}
+
+    def call(self, x):
+        pixel = np.zeros((1, *SHAPE))
+        pixel[0, 2, 3] = 1
+        return x + tf.cast(pixel, x.dtype) * tf.nn.relu(x - tf.cast(self.at, x.dtype))
+
+
+def test_a_network_of_kinks_is_flagged(network):
+    def staircase(x):
+        return x + 1e-8 * tf.math.round(x * 1e8) - x
+
+    rough = keras.Sequential([layers.Input(SHAPE), layers.Lambda(staircase), *network.layers])
+    (_, smooth), (_, stepped) = (evaluation.gradient_errors(model, X, Y) for model in (network, rough))
+    assert smooth.mean() <= 0.1 < stepped.mean()
+
+
+def test_which_images_have_a_gradient(network):
+    assert evaluation.has_gradient(network, X, Y).all()
     for kind in ("zero", "stopped", "rounded"):
-        assert evaluation.gradient_share(masked(network, kind), X, Y) == 0
+        assert not evaluation.has_gradient(masked(network, kind), X, Y).any()
+    brightness = X.mean(axis=(1, 2, 3))
 
     def sometimes(x):
-        bright = tf.cast(tf.reduce_mean(x, axis=(1, 2, 3), keepdims=True) > np.median(X.mean(axis=(1, 2, 3))), x.dtype)
+        bright = tf.cast(tf.reduce_mean(x, axis=(1, 2, 3), keepdims=True) > np.median(brightness), x.dtype)
         return linear(bright * x + tf.stop_gradient((1 - bright) * x))
 
-    assert evaluation.gradient_share(sometimes, X, Y) == pytest.approx(0.5)
+    np.testing.assert_array_equal(evaluation.has_gradient(sometimes, X, Y), brightness > np.median(brightness))
 
 
 def test_a_saturated_softmax_has_no_gradient_where_the_margin_has_one():
     y = evaluation.logits(linear, X).argmax(axis=1)
-    assert evaluation.gradient_share(lambda x: 1e4 * linear(x), X, y, attacks.cross_entropy) < 0.2
-    assert evaluation.gradient_share(lambda x: 1e4 * linear(x), X, y) == 1
+    assert evaluation.has_gradient(lambda x: 1e4 * linear(x), X, y, attacks.cross_entropy).mean() < 0.2
+    assert evaluation.has_gradient(lambda x: 1e4 * linear(x), X, y).all()
+
+
+def test_images_seen_before_are_found():
+    np.testing.assert_array_equal(evaluation.seen(X[:10], X[5:]), [False] * 5 + [True] * 5)
+    assert not evaluation.seen(X, X + np.float32(1e-3)).any()
 
 
 # ── The sanity checks ──
@@ -298,21 +345,26 @@ def test_a_sound_network_passes_every_check(network, threat):
     surrogate = keras.models.clone_model(network)
     fit(surrogate, *toy(400), epochs=5, batch_size=50, learning_rate=5e-3)
     table = evaluation.sanity_checks(network, X, Y, threat, surrogate=surrogate, **QUICK)
-    assert list(table.columns) == ["check", "measured", "limit", "relation", "passed"]
+    assert list(table.columns) == ["check", "measured", "low", "high", "limit", "relation", "n", "passed"]
     assert table["passed"].all(), table.to_string()
-    assert len(table) == (14 if threat.norm == "linf" else 13) and table["check"].is_unique
-    assert np.isfinite(table[["measured", "limit"]]).all(axis=None)
+    assert len(table) == (13 if threat.norm == "linf" else 12) and table["check"].is_unique
+
+
+WRONG = "images off a kink whose gradient is wrong (float64)"
+NO_GRADIENT = "images with a gradient of the margin"
+FREE = "PGD less a gradient-free attack"
 
 
 @pytest.mark.parametrize(("kind", "norm", "expected"), [
-    ("stopped", "linf", {"images with a gradient", "success at the largest eps", "gradient error (float64)"}),
-    ("stopped", "l2", {"images with a gradient", "success at the largest eps", "gradient error (float64)"}),
-    ("zero", "linf", {"images with a gradient", "success at the largest eps", "gradient error (float64)"}),
-    ("rounded", "linf", {"images with a gradient", "success at the largest eps"}),
-    ("half stopped", "linf", {"gradient error (float64)"}),
-    ("doubled", "linf", {"gradient error (float64)"}),
-    ("reversed", "linf", {"gradient error (float64)", "PGD against a gradient-free attack"}),
-    ("rippled", "linf", {"PGD against a gradient-free attack"}),
+    ("stopped", "linf", {NO_GRADIENT, "success at the largest eps", WRONG}),
+    ("stopped", "l2", {NO_GRADIENT, "success at the largest eps", WRONG}),
+    ("zero", "linf", {NO_GRADIENT, "success at the largest eps", WRONG}),
+    ("rounded", "linf", {NO_GRADIENT, "success at the largest eps"}),
+    ("half stopped", "linf", {WRONG}),
+    ("doubled", "linf", {WRONG}),
+    ("reversed", "linf", {WRONG, FREE}),
+    ("rippled", "linf", {FREE}),
+    ("loud", "linf", {"images with a gradient of the cross-entropy"}),
 ])  # fmt: skip
 def test_a_masked_network_fails_its_checks(network, kind, norm, expected):
     threat = ThreatModel(norm, 0.15 if norm == "linf" else 0.5)
@@ -320,9 +372,16 @@ def test_a_masked_network_fails_its_checks(network, kind, norm, expected):
     assert expected <= failed(table), table.to_string()
 
 
+def test_a_network_that_answers_at_random_and_does_not_say_so_is_flagged(network):
+    keras.utils.set_random_seed(0)
+    noisy = keras.Sequential([layers.Input(SHAPE), Mask("noisy"), *network.layers])
+    table = evaluation.sanity_checks(noisy, X, Y, ThreatModel("linf", 0.1), **QUICK)
+    assert "images with the same answer twice" in failed(table), table.to_string()
+
+
 def test_transfer_betrays_a_masked_network(network):
     table = evaluation.sanity_checks(masked(network, "zero"), X, Y, ThreatModel("l2", 0.6), surrogate=network, **QUICK)
-    assert "white box against transfer" in failed(table)
+    assert "white box less transfer" in failed(table)
 
 
 def leaves_the_ball(pgd, x, threat, **options):
@@ -350,21 +409,30 @@ def stops_too_early(pgd, x, threat, **options):
 
 
 @pytest.mark.parametrize(("broken", "eps", "expected"), [
-    (leaves_the_ball, 0.15, {"largest distance"}),
-    (moves_without_a_radius, 0.15, {"eps = 0 changes no pixel"}),
-    (never_moves, 0.15, {"success at the largest eps", "PGD against a single step",
-                         "PGD against a gradient-free attack"}),
-    (never_moves, 0.6, {"PGD against random noise"}),
-    (gives_up_on_large_radii, 0.15, {"success at eps against eps / 2"}),
-    (goes_the_wrong_way, 0.15, {"PGD against a single step", "PGD against a gradient-free attack"}),
-    (stops_too_early, 0.15, {"twice the steps: change of success"}),
+    (never_moves, 0.15, {"success at the largest eps", "PGD less a single step", FREE}),
+    (never_moves, 0.6, {"PGD less random noise"}),
+    (gives_up_on_large_radii, 0.15, {"success at eps less at eps / 2"}),
+    (goes_the_wrong_way, 0.15, {"PGD less a single step", FREE}),
+    (stops_too_early, 0.15, {"twice the steps: gain of success"}),
 ])  # fmt: skip
 def test_a_broken_attack_fails_its_checks(network, monkeypatch, broken, eps, expected):
+    replace_pgd(monkeypatch, broken)
+    table = evaluation.sanity_checks(network, X, Y, ThreatModel("linf", eps), **QUICK)
+    assert expected <= failed(table), table.to_string()
+
+
+@pytest.mark.parametrize(("broken", "message"), [
+    (leaves_the_ball, "leaves the ball"), (moves_without_a_radius, "changes pixels at eps = 0")])
+def test_an_attack_that_breaks_its_own_rules_is_an_error(network, monkeypatch, broken, message):
+    replace_pgd(monkeypatch, broken)
+    with pytest.raises(AssertionError, match=message):
+        evaluation.sanity_checks(network, X, Y, ThreatModel("linf", 0.15), **QUICK)
+
+
+def replace_pgd(monkeypatch, broken):
     sound = attacks.pgd
 
     def pgd(model, x, y, threat, **options):
         return broken(lambda t, **o: sound(model, x, y, t, **o), x, threat, **options)
 
     monkeypatch.setattr(attacks, "pgd", pgd)
-    table = evaluation.sanity_checks(network, X, Y, ThreatModel("linf", eps), **QUICK)
-    assert expected <= failed(table), table.to_string()

@@ -172,7 +172,8 @@ def test_a_defended_network_can_be_saved(kind, value, tmp_path):
 def test_the_filter_has_no_weights_and_a_float64_copy():
     defended = filters.defend(models.inception(X.shape[1:], 3, width=2), "gaussian", 1.5)
     assert not defended.layers[0].weights
-    assert evaluation.gradient_error(defended, X, np.zeros(len(X), int)) < 1e-4
+    errors, kinked = evaluation.gradient_errors(defended, X, np.zeros(len(X), int))
+    assert kinked.mean() <= 0.1 and errors[~kinked].max() < 1e-4
     assert keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(Filter("median", 3))).value == 3
 
 
