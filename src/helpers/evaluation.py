@@ -84,7 +84,8 @@ def gradient_errors(model, x, y, h=1e-7, seed=0):
     ahead, behind = (s * (attacks.margin(exact(images + s * h * v), labels) - here).numpy() / h for s in (1, -1))
     typical = np.maximum(np.linalg.norm(gradient, axis=1) / np.sqrt(x[0].size), 1e-6)
     errors = np.abs((ahead + behind) / 2 - (gradient * v.reshape(len(x), -1)).sum(axis=1)) / typical
-    return errors, np.abs(ahead - behind) > GRADIENT_ERROR * typical
+    steepest = np.maximum(typical, np.maximum(np.abs(ahead), np.abs(behind)))
+    return errors, np.abs(ahead - behind) > GRADIENT_ERROR * steepest
 
 
 def has_gradient(model, x, y, loss=attacks.margin):

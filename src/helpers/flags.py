@@ -11,7 +11,7 @@ import scipy.stats
 from helpers.profiles import known
 
 CONFIDENCE = 0.99  # a chapter has tens of flags: at 95 % one of them would be raised by chance in most runs
-RELATIONS = {">=": "at least", "<=": "at most"}
+RELATIONS = (">=", "<=")
 
 
 def flag(check, measured, limit, relation, n, low=None, high=None):

@@ -119,18 +119,22 @@ def claims(path: str | Path | None = None) -> dict[str, Claim]:
     return {claim["id"]: Claim.model_validate(claim) for claim in found}
 
 
-def compare(outcomes: Mapping[str, Outcome | None]) -> pd.DataFrame:
-    """Return the papers' values beside ours (None: no record yet), as text: a row for each claim, or column of it."""
+def compare(outcomes: Mapping[str, Outcome | None], raised: Mapping[str, Iterable["Flag"]] | None = None):
+    """Return the papers' values beside ours (None: no record yet), as text: a row for each claim, or column of it.
+
+    `raised`: the flags, by claim, that say that its evaluation is not sound; the note begins with them.
+    """
     every, rows = claims(), []
     for id, outcome in outcomes.items():
         claim, ours = every[id], outcome.ours if outcome else None
         verdict, note = (outcome.verdict, outcome.note) if outcome else ("no record yet", "")
         parts = ours if isinstance(ours, dict) else {"": ours}
         papers = claim.value if isinstance(claim.value, dict) else dict.fromkeys(parts, claim.value)
+        doubt = "; ".join(f"NOT SOUND: {flag}" for flag in (raised or {}).get(id, []))
         tested = claim.kind == "number" and ours and verdict != "not-testable"
         rows += [(id, ": ".join(filter(None, (claim.what or claim.where, part))),
                   "–" if paper is None else f"{paper:g}", _ours(claim, parts.get(part)), verdict,
-                  "; ".join(filter(None, [_distance(claim, parts[part], paper) if tested else "", note])))
+                  "; ".join(filter(None, [doubt, _distance(claim, parts[part], paper) if tested else "", note])))
                  for part, paper in papers.items()]
     return pd.DataFrame(rows, columns=["Claim", "What", "Paper", "Ours", "Verdict", "Note"])
 
@@ -162,6 +166,11 @@ class Flag(_Strict):
     def name(self):
         """What it was checked on, and the check: by this name book/flags.yml explains it."""
         return f"{self.where}: {self.check}"
+
+    def __str__(self):
+        interval = f" ({self.low:.3g} to {self.high:.3g})" if self.low < self.high else ""
+        wanted = {">=": "at least", "<=": "at most"}[self.relation]
+        return f"{self.name} is {self.measured:.3g}{interval}, expected {wanted} {self.limit:.3g}, n = {self.n}"
 
     def touches(self, id):
         """Whether the numbers of the claim `id` hang on it."""
@@ -281,7 +290,8 @@ class Record(_Strict):
 
     def comparison(self) -> pd.DataFrame:
         """Return `compare` of this record's claims."""
-        return compare({outcome.id: outcome for outcome in self.claims})
+        return compare({outcome.id: outcome for outcome in self.claims},
+                       {outcome.id: self.raised(outcome.id) for outcome in self.claims})
 
 
 def _measure(values):

@@ -31,10 +31,16 @@ MAX_CHARACTERS = 2_000  # of an error on a page
 
 
 def publish(book: Book, chapter: str) -> None:
-    """Copy the run's notebook and record under `book/`; BookError when the notebook has changed or is too large."""
+    """Copy the run's notebook and record under `book/`.
+
+    Raises BookError when the notebook has changed, is too large, or a raised flag is not explained in book/flags.yml.
+    """
     (ran, record), (executed, paper) = book.run(chapter), book.committed(chapter)
     if not same_code(nbformat.read(ran, 4), book.source(chapter)):
         raise BookError(f"{chapter}: the notebook's code has changed since {ran} was run")
+    if missing := [str(flag) for flag in Record.load(record).raised() if flag.name not in _explained(book, chapter)]:
+        raise BookError(f"{chapter}: raised flags that no sentence explains:\n  " + "\n  ".join(missing) +
+                        "\nFind out why; where it is a finding, say so in book/flags.yml, and run this again.")
     text = nbformat.writes(_page(book, chapter, ran)) + "\n"
     if (size := len(text.encode())) > MAX_BYTES:
         raise BookError(f"{chapter}: the executed copy has {size:,} bytes, more than {MAX_BYTES:,}")
@@ -42,6 +48,12 @@ def publish(book: Book, chapter: str) -> None:
         with atomic(path) as temporary:
             temporary.write_text(content, encoding="utf-8")
     _at_a_glance(ledger(book), book.root)  # for the README
+
+
+def _explained(book, chapter):
+    """The sentences of book/flags.yml, by the names of the chapter's flags."""
+    path = book.root / "book/flags.yml"
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get(chapter, {}) if path.exists() else {}
 
 
 def _page(book, chapter, executed):
@@ -91,8 +103,12 @@ def ledger(book: Book) -> pd.DataFrame:
         raise BookError(f"book/claims.yml: under papers, no entry for {', '.join(sorted(missing))}")
     chapters, kept = {name[:2]: name for name in book.chapters()}, _kept(book)
     found = {outcome.id: outcome for record in kept.values() for outcome in record.claims}
-    frame = compare(dict.fromkeys(known) | found)
+    doubts = {outcome.id: record.raised(outcome.id) for record in kept.values() for outcome in record.claims}
+    frame = compare(dict.fromkeys(known) | found, doubts)
+    sound = {outcome.id: "not recorded" if record.flags is None else "no" if record.raised(outcome.id) else "yes"
+             for record in kept.values() for outcome in record.claims}
     frame.insert(0, "Title", [f"{name[:2]} {papers[name[:2]]['short']}" for name in frame["Claim"]])
+    frame["Sound"] = [sound.get(name, "") for name in frame["Claim"]]
     frame.insert(2, "Where", [known[name].where for name in frame["Claim"]])
     pages = {name: f"notebooks/{chapters[name[:2]]}.html" for name in known if name[:2] in chapters}
     sections = {name: f"{page}#{make_id(known[name].section)}" for name, page in pages.items()}
@@ -186,7 +202,8 @@ def _stage_chapter(book, chapter, stage, pages):
     times = {path.stem: Record.load(path).provenance.seconds for path in known if path.exists()}
     title = page.cells[0].source.splitlines()[0].lstrip("# ")
     changed = book.changed(*found) if found else []
-    facts = {"chapter": chapter, "title": title, "record": record, "times": times, "changed": changed}
+    facts = {"chapter": chapter, "title": title, "record": record, "times": times, "changed": changed,
+             "explained": _explained(book, chapter)}
     card = _banners(book, chapter, changed) + pages.get_template("card.md.jinja").render(facts)
     page.cells.insert(1, nbformat.v4.new_markdown_cell(card, id="card"))
     nbformat.write(_with_figures(page, stage / "notebooks", chapter), stage / f"notebooks/{chapter}.ipynb")

@@ -14,6 +14,7 @@ import yaml
 from conftest import RECORD, ROOT, command
 from nbformat.v4 import new_output
 
+from helpers import flags
 from helpers.book import Book, BookError
 from helpers.execution import execute
 from helpers.records import Record, claims
@@ -138,6 +139,43 @@ def test_the_card_states_the_facts_of_the_record(tiny):
     assert Record.load(downloads / "02_tiny.json") == record
     assert list(pd.read_csv(downloads / "02_tiny.csv")["Claim"]) == ["02.sec4.test_accuracy"]
     assert "the paper run" in (downloads / "02_tiny.ipynb").read_text()
+
+
+FLAG = """record.flag("network", [flags.flag("accuracy", 0.9, 0.95, ">=", 50, 0.8, 0.94)])
+record.save()"""
+
+
+def test_a_raised_flag_is_on_the_card_and_in_the_ledger_with_its_explanation(tiny):
+    book = tiny(RECORD)
+    record = commit(book)
+    assert "from before its checks were recorded" in page(book).cells[1].source
+    assert set(ledger(book).query("Verdict == 'reproduced'")["Sound"]) == {"not recorded"}
+    kept = book.committed("02_tiny")[1]
+    for passed, mark in ((True, "{bdg-success}`sound` All 1 conditions"), (False, "{bdg-danger}`not sound` 1 of 1")):
+        row = flags.flag("accuracy", 0.9, 0.85 if passed else 0.95, ">=", 50, 0.8, 0.94)
+        fresh = Record.model_validate(record.model_dump())
+        fresh.flag("network", [row])
+        kept.write_text(fresh.model_dump_json())
+        assert mark in page(book).cells[1].source
+        assert set(ledger(book).query("Verdict == 'reproduced'")["Sound"]) == {"yes" if passed else "no"}
+    (book.root / "book/flags.yml").write_text("02_tiny:\n  'network: accuracy': Its last layer was cut off.\n")
+    card, listed = page(book).cells[1].source, (book.output / "stage/book/ledger.md").read_text()
+    said = "network: accuracy is 0.9 (0.8 to 0.94), expected at least 0.95, n = 50"
+    assert f"- {said}. Its last layer was cut off." in card
+    assert "not sound</strong>" in listed and f"NOT SOUND: {said}" in listed
+    build(book)
+
+
+def test_a_raised_flag_that_no_sentence_explains_is_not_published(tiny):
+    chapter = RECORD.replace("record.save()", FLAG).replace("import Record", "import Record\nfrom helpers import flags")
+    book = tiny(chapter, profile="quick")
+    execute(book, book.chapters())
+    with pytest.raises(BookError, match="(?s)no sentence explains.*network: accuracy is 0.9 .*book/flags.yml"):
+        publish(book, "02_tiny")
+    assert not any(kept.exists() for kept in book.committed("02_tiny"))
+    (book.root / "book/flags.yml").write_text("02_tiny:\n  'network: accuracy': Its last layer was cut off.\n")
+    publish(book, "02_tiny")
+    assert all(kept.exists() for kept in book.committed("02_tiny"))
 
 
 def test_injected_cells_logs_and_paths_of_the_machine_are_not_shown(tiny):

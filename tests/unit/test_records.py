@@ -12,13 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 import helpers
-from helpers import records
+from helpers import flags, records
 from helpers.records import Claim, Record, claims, compare
 
 ROOT = Path(__file__).parents[2]
@@ -364,6 +365,47 @@ def test_a_truncated_file_is_refused(tmp_path):
     path.write_text(path.read_text()[:-40])
     with pytest.raises(ValueError, match="JSON"):
         Record.load(path)
+
+
+# ── flags ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+ROWS = [flags.flag("accuracy", 0.9, 0.95, ">=", 50, 0.8, 0.94), flags.flag("twice the steps", 0.0, 0.01, "<=", 50)]
+
+
+def test_a_raised_flag_marks_the_claims_that_hang_on_it():
+    record = start("paper")
+    shown = record.flag("mixed-batch", ROWS, spoils=["02.sec4"])
+    assert list(shown.columns) == list(ROWS[0]) and len(shown) == 2
+    assert [flag.name for flag in record.raised()] == ["mixed-batch: accuracy"]
+    assert record.raised(ACCURACY) == record.raised() and not record.raised(ORDER)
+    record.flag("normal", pd.DataFrame(ROWS[:1]))
+    assert len(record.raised(ACCURACY)) == 2 and len(record.raised(ORDER)) == 1
+    record.claim(ORDER, [0.1, 0.1], "our note")
+    mark = "NOT SOUND: normal: accuracy is 0.9 (0.8 to 0.94), expected at least 0.95, n = 50"
+    assert list(record.comparison()["Note"]) == [f"{mark}; our note"]
+
+
+def test_flags_are_kept_and_smoke_judges_nothing(tmp_path):
+    record = start("smoke")
+    assert record.flags is None  # not the same as: all conditions were met
+    record.flag("mixed-batch", ROWS)
+    back = Record.load(record.save(tmp_path))
+    assert back.flags == record.flags and [flag.passed for flag in back.flags] == [False, True]
+    assert not back.raised() and not back.raised(ACCURACY)
+
+
+@pytest.mark.parametrize(("rows", "spoils", "message"), [
+    (ROWS, ["03.table1"], "spoils: no claim of 02_mixed.* begins with '03.table1'"),
+    (ROWS, ["02.tabel1"], "spoils: no claim of 02_mixed.* begins with '02.tabel1'"),
+    ([*ROWS, ROWS[0]], [], "rows: 'x: accuracy' was flagged before"),
+    ([ROWS[0] | {"measured": math.nan}], [], "measured"),
+    ([ROWS[0] | {"surplus": 1}], [], "surplus"),
+])
+def test_bad_flags_are_refused(rows, spoils, message):
+    record = start()
+    with pytest.raises(ValueError, match=message):
+        record.flag("x", rows, spoils)
+    assert record.flags is None
 
 
 # ── paper and ours ────────────────────────────────────────────────────────────────────────────────────────────────────
