@@ -1,4 +1,4 @@
-"""Shared by the tests: the book, executed and rendered once, and tiny checkouts that are quick to execute."""
+"""Shared by the tests: the rendered book, its chapters run once, and tiny checkouts that are quick to execute."""
 
 import os
 import shutil
@@ -10,6 +10,7 @@ import hypothesis
 import nbformat
 import pytest
 from filelock import FileLock
+from joblib import cpu_count
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from helpers.book import Book
@@ -31,20 +32,55 @@ def command(*arguments, cwd, **environment):
                           capture_output=True, text=True)
 
 
-@pytest.fixture(scope="session")
-def site(tmp_path_factory, worker_id):
-    """The book as readers get it, made by the command that `make book` calls, in an empty home and offline.
+def pytest_collection_modifyitems(config, items):
+    """Put a part of the slow tests at the start of each worker's share: none is left for the end."""
+    slow, fast = ([item for item in items if bool(item.get_closest_marker("slow")) == mark] for mark in (True, False))
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    ends = [len(fast) * n // workers for n in range(workers + 1)]
+    items[:] = [item for n in range(workers) for item in slow[n::workers] + fast[ends[n]:ends[n + 1]]]
 
-    Every chapter runs in profile smoke; a page shows the committed paper run where that is fresh. Where pytest runs in
-    several processes, the first that needs the book makes it and the others wait.
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory, worker_id):
+    """A folder of this session, the same in all processes of pytest."""
+    base = tmp_path_factory.getbasetemp()
+    return base if worker_id == "master" else base.parent
+
+
+@pytest.fixture(scope="session")
+def site(shared):
+    """The book as the repository keeps it, rendered by `make site`'s command, offline and in an empty home.
+
+    The first process of pytest that needs it makes it, and the others wait.
     """
-    shared = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
-    output, home = shared / "output", tmp_path_factory.mktemp("home")
-    with FileLock(shared / "output.lock"):
-        if not (output / "html/index.html").exists():
-            done = command("book", cwd=ROOT, HELPERS_OUTPUT=str(output), HOME=str(home), **OFFLINE)
+    book = Book(ROOT, shared / "site", show="committed")
+    with FileLock(shared / "site.lock"):
+        if not (book.output / "html/index.html").exists():
+            done = command("site", cwd=ROOT, HELPERS_OUTPUT=str(book.output), HOME=str(shared / "home"), **OFFLINE)
             assert done.returncode == 0, done.stdout + done.stderr
-    return Book(ROOT, output)
+    return book
+
+
+@pytest.fixture(scope="session")
+def smoke(shared, testrun_workers):
+    """Run a chapter in profile smoke: offline, from nothing, in an empty home; the first test that asks does it."""
+
+    def run(chapter):
+        book = Book(ROOT, shared / "smoke" / chapter)
+        with FileLock(shared / f"{chapter}.lock"):
+            if not book.output.exists():
+                cores = max(1, cpu_count() // testrun_workers)
+                command("run", "--chapter", chapter, cwd=ROOT, HELPERS_OUTPUT=str(book.output),
+                        HOME=str(shared / "home"), LOKY_MAX_CPU_COUNT=str(cores), **OFFLINE)
+        return book
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def testrun_workers(request):
+    """How many processes pytest has."""
+    return getattr(request.config, "workerinput", {}).get("workercount", 1)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from helpers.records import Record
 
 # Processor seconds of a chapter, for each core of the machine. Time on the clock would measure its other work as well.
 LIMITS = {"smoke": 600, "quick": 2400, "paper": 24 * 3600}
-STALLED = 900  # seconds on the clock in which a chapter at work uses the processor for a thousandth of them
+STALLED = 900  # seconds; a chapter at work uses more than a thousandth of a processor, one that sleeps less
 
 
 @dataclass(frozen=True)
@@ -171,16 +171,17 @@ class _Watch(threading.Thread):
 
     def run(self):
         mark, since = 0, time.monotonic()
-        while not self.why:
+        while True:
             time.sleep(1)
             used = _processor_seconds()
-            if not 0 <= used - mark < self.stalled / 1000:  # less: a worker has gone, and what it used with it
+            if not used or not 0 <= used - mark < max(0.1, self.stalled / 1000):  # below 0: a worker has gone
                 mark, since = used, time.monotonic()
             if used > self.limit:
                 self.why = f"limit reached ({self.limit:g} s of the processor)"
             elif time.monotonic() - since > self.stalled:
                 self.why = f"hung: {self.stalled:g} s without use of the processor"
-        _kill_children()
+            if self.why:
+                _kill_children()
 
 
 def _processor_seconds():

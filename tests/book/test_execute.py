@@ -74,11 +74,11 @@ def test_a_chapter_is_stopped_by_its_own_processor_time(tiny, monkeypatch, spin)
 
 
 def test_a_chapter_that_hangs_is_stopped_and_one_that_is_slow_is_not(tiny, monkeypatch):
-    monkeypatch.setattr(execution, "STALLED", 4)
+    monkeypatch.setattr(execution, "STALLED", 8)
     book = tiny("import time; time.sleep(100)", RECORD)
-    tiny(SPIN.replace("30", "8"), RECORD.replace("02", "04").replace("sec4.train_accuracy", "sec51.mnist_accuracy"),
+    tiny(SPIN.replace("30", "12"), RECORD.replace("02", "04").replace("sec4.train_accuracy", "sec51.mnist_accuracy"),
          name="04_tiny")
-    with pytest.raises(BookError, match=r"^02_tiny, .*cell 3 `import time.*`: hung: 4 s without use of .*log\)$"):
+    with pytest.raises(BookError, match=r"^02_tiny, .*cell 3 `import time.*`: hung: 8 s without use of .*log\)$"):
         execute(book, book.chapters())
     assert [run.chapter for run in status(book)] == ["04_tiny"]
 

@@ -2,10 +2,10 @@
 
 import json
 import re
+from html import escape
 from html.parser import HTMLParser
 from urllib.parse import unquote, urlsplit
 
-import nbformat
 import pandas as pd
 import pytest
 import yaml
@@ -153,14 +153,6 @@ def test_pages_name_no_place_of_this_machine(pages, site):
             assert place not in text, f"{path.name}: {place}"
 
 
-def shown(site, chapter):
-    """The record that a page is about: the committed one while the code of its copy is that of the source."""
-    (executed, record), source = site.committed(chapter), site.source(chapter)
-    copy = nbformat.read(executed, 4) if executed.exists() else nbformat.v4.new_notebook()
-    sides = [[cell.source for cell in notebook.cells if cell.cell_type == "code"] for notebook in (copy, source)]
-    return Record.load(record if sides[0] == sides[1] else site.run(chapter)[1])
-
-
 def test_chapters_have_card_downloads_and_a_way_to_colab(site, folder, pages):
     repository = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
     name = repository["url"].removeprefix("https://github.com/")
@@ -169,7 +161,7 @@ def test_chapters_have_card_downloads_and_a_way_to_colab(site, folder, pages):
     for chapter in site.chapters():
         path = folder / f"notebooks/{chapter}.html"
         text, links = path.read_text(), pages[path].links
-        record = shown(site, chapter)
+        record = Record.load(site.committed(chapter)[1])
         assert f"Profile shown: {record.profile}." in text and "chapter-card" in text
         assert record.created[:10] in text and record.provenance.device in text
         assert f"{colab}/{chapter}.ipynb" in links
@@ -187,8 +179,18 @@ def test_the_ledger_shows_every_claim(folder):
     assert {row["Claim"] for row in rows} == set(claims())
 
 
-def test_the_status_page_lists_this_run(site, folder):
+def test_the_status_page_says_what_is_shown_and_that_nothing_was_executed(site, folder):
     text = (folder / "book/status.html").read_text()
-    assert [run.chapter for run in status(site)] == site.chapters()
-    for run in status(site):
-        assert f"<td>{run.chapter.replace('_', ' ')}</td><td>smoke</td>" in text
+    assert not status(site) and "No chapter was executed on this machine." in text
+    for chapter in site.chapters():
+        executed, record = site.committed(chapter)
+        fresh = escape(" ".join(site.changed(executed, record)) or "yes", quote=False)
+        assert re.search(rf"{chapter}\.html.*?<p>paper</p>.*?<p>{Record.load(record).created[:10]} .*?<p>{fresh}</p>",
+                         text.replace("’", "'"), re.DOTALL), chapter
+
+
+def test_a_page_that_is_not_fresh_says_so(site, folder):
+    for chapter in site.chapters():
+        text = (folder / f"notebooks/{chapter}.html").read_text().replace("’", "'")
+        for sentence in ("The notebook's code has changed since this run.", "computed with earlier helpers."):
+            assert (sentence in text) == (sentence in " ".join(site.changed(*site.committed(chapter)))), chapter
