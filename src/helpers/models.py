@@ -201,7 +201,7 @@ def check_logits(model, x):
 
 
 def save(model, folder):
-    """Keep `model` in `folder` as <SHA-256 of its layers' types and weights>.keras and return that file name."""
+    """Keep `model` in `folder` as <its `digest`>.keras and return that file name."""
     path = Path(folder) / f"{digest(model)}.keras"
     if not path.exists():
         with files.atomic(path) as temporary:
@@ -210,7 +210,7 @@ def save(model, folder):
 
 
 def load(path, seed=0):
-    """The network of a file that `save` wrote, compared with the SHA-256 in its name.
+    """The network of a file that `save` wrote, compared with the `digest` in its name.
 
     Sets Keras' random seed, from which the network's dropout draws its masks if it is trained further.
     Raises FileNotFoundError or ValueError, which name the file, if it is not there or is damaged.
@@ -220,9 +220,27 @@ def load(path, seed=0):
 
 
 def digest(model):
-    """SHA-256 of the layers' types and the weights, by which a network is known."""
-    labels = (getattr(layer, "label", type(layer).__name__) for layer in model.layers)  # a filter has no weights
-    content = hashlib.sha256(" ".join(labels).encode())
+    """SHA-256 of all that `model` is: its layers, their settings and connections, and its weights.
+
+    What layers are called does not count, nor do an optimizer and what is frozen, which Keras keeps for some networks
+    only: the same network, built again, has the same.
+    """
+    content = hashlib.sha256(json.dumps(_nameless(json.loads(model.to_json())), sort_keys=True).encode())
     for weights in model.get_weights():
+        content.update(f"{weights.dtype} {weights.shape}".encode())
         content.update(weights.tobytes())
     return content.hexdigest()
+
+
+def _nameless(config, places=None):
+    """A network's configuration with the places of its layers for their names, which Keras numbers in a process."""
+    if isinstance(config, list):
+        if len(config) == 3 and isinstance(config[0], str) and config[0] in (places or {}):  # a connection
+            return [places[config[0]], *config[1:]]
+        return [_nameless(part, places) for part in config]
+    if not isinstance(config, dict) or str(config.get("class_name")).endswith("DTypePolicy"):  # whose name is its kind
+        return config
+    if isinstance(layers := config.get("layers"), list):
+        places = {layer["config"]["name"]: place for place, layer in enumerate(layers)}
+    dropped = ("name", "build_config", "compile_config", "trainable")
+    return {key: _nameless(value, places) for key, value in config.items() if key not in dropped}

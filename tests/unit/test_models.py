@@ -1,12 +1,17 @@
 """The networks: their shapes and sizes, logits at the end, seeds, test mode, copies in float64 and on the disk."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
 
-from helpers import files, models
+from helpers import files, filters, models
 
 X = np.random.default_rng(0).uniform(0, 1, (5, 6, 6, 1)).astype("float32")
 NETWORKS = {
@@ -144,6 +149,76 @@ def test_other_weights_have_another_file(tmp_path):
     *others, last = model.get_weights()
     model.set_weights([*others, last + 1e-6])
     assert models.save(model, tmp_path) != name and len(list(tmp_path.iterdir())) == 2
+
+
+def convolution(name=None, activation="relu", strides=1, padding="same"):
+    keras.utils.set_random_seed(0)
+    return keras.Sequential([layers.Input((6, 6, 1)), layers.Conv2D(2, 3, strides, padding, activation=activation),
+                             layers.GlobalAveragePooling2D(), layers.Dense(3)], name=name)  # fmt: skip
+
+
+def residual(skip=True):
+    keras.utils.set_random_seed(0)
+    image = layers.Input((6, 6, 1))
+    hidden = layers.Conv2D(2, 3, padding="same")(image)
+    again = layers.Conv2D(2, 3, padding="same")(hidden)
+    joined = layers.Add()([hidden if skip else again, again])
+    return keras.Model(image, layers.Dense(3)(layers.Flatten()(joined)))
+
+
+OTHERS = {  # pairs of networks with the same kinds of layers and the same weights
+    "dropout": [lambda rate=rate: models.two_conv((6, 6, 1), 3, dropout=rate) for rate in (0.1, 0.5)],
+    "activation": [lambda name=name: convolution(activation=name) for name in ("relu", "tanh")],
+    "strides": [lambda strides=strides: convolution(strides=strides) for strides in (1, 2)],
+    "padding": [lambda padding=padding: convolution(padding=padding) for padding in ("same", "valid")],
+    "momentum": [lambda m=m: normalised(m) for m in (0.9, 0.8)],
+    "connections": [lambda skip=skip: residual(skip) for skip in (True, False)],
+    "nested": [lambda name=name: keras.Sequential([layers.Input((6, 6, 1)), convolution(activation=name)])
+               for name in ("relu", "tanh")],
+    "filter": [lambda size=size: filters.defend(convolution(), "median", size) for size in (3, 5)],
+    "filter's gradient": [lambda kind=kind: filters.defend(convolution(), "median", 3, kind)
+                          for kind in ("exact", "identity")],
+    "precision": [lambda kind=kind: keras.Sequential([layers.Input((6, 6, 1)), layers.Flatten(),
+                                                      layers.Dense(3, "relu", dtype=kind, kernel_initializer="ones")])
+                  for kind in ("float32", "mixed_bfloat16")],
+}  # fmt: skip
+
+
+def normalised(momentum):
+    return keras.Sequential([convolution(), layers.BatchNormalization(momentum=momentum)])
+
+
+@pytest.mark.parametrize("pair", OTHERS.values(), ids=OTHERS)
+def test_another_network_with_the_same_weights_has_another_file(pair, tmp_path):
+    one, other = (build() for build in pair)
+    for ours, theirs in zip(one.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert models.save(one, tmp_path) != models.save(other, tmp_path)
+    for model in (one, other):
+        models.load(tmp_path / models.save(model, tmp_path))  # which compares the name
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("build", [build for build, _ in OTHERS.values()], ids=OTHERS)
+def test_a_network_that_is_built_again_has_the_same_file(build):
+    model, again = build(), build()  # Keras numbers the layers of a process: the names differ
+    assert model.to_json() != again.to_json() and models.digest(model) == models.digest(again)
+
+
+def test_the_file_name_does_not_change_with_training_or_the_process(tmp_path):
+    model, name = convolution(), models.digest(convolution())
+    model.compile("adam", "mse")
+    model.trainable = False
+    models.load(tmp_path / models.save(model, tmp_path))
+    assert models.digest(model) == name == models.digest(convolution("named by hand"))
+    outer = keras.Sequential([layers.Input((6, 6, 1)), model])
+    assert models.digest(outer) == models.digest(keras.Sequential([layers.Input((6, 6, 1)), convolution()]))
+    code = """from test_models import convolution, models
+print(models.digest(convolution()))"""
+    environment = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, capture_output=True,
+                          text=True, check=True)  # fmt: skip
+    assert done.stdout.split()[-1] == name
 
 
 def test_damaged_missing_and_swapped_files_are_named(tmp_path):
