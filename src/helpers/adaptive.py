@@ -4,7 +4,7 @@ Both take a `rejection.Defence`, images `x` (n, h, w, c) float32 in [0, 1], true
 means a wrong class that is not refused; being refused is no success.
 """
 
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 import tensorflow as tf
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from helpers import attacks
 from helpers.closeness import squared_distances
-from helpers.models import compiled
+from helpers.models import traced
 from helpers.rejection import Defence, evaluate, load
 from helpers.threat import check_images, check_labels, check_positive, projection
 
@@ -36,9 +36,12 @@ def evasion(classes, view=0):
 @lru_cache(maxsize=8)
 def _views(defence, width, density):
     """The defence's logits beside those with a smoothed kernel, and the log-densities of the classes if wanted."""
-    if density is None:
-        return partial(defence.logits, widths=(1.0, width))
-    return lambda x: tf.concat([defence.logits(x, (1.0, width)), density(x)], axis=1)
+    def views(x):
+        logits = defence.logits(x, (1.0, width))
+        return logits if density is None else tf.concat([logits, density(x)], axis=1)
+
+    views.randomised = defence.randomised
+    return views
 
 
 @lru_cache
@@ -143,16 +146,16 @@ def nearest_starts(defence, x, y, threat, x_train, y_train, candidates=5):
 def _hinge_step(defence, shape, norm, bounds):
     """Compile one step of Algorithm 1: the loss at `x_adv`, and where the step leads."""
     images, number = tf.TensorSpec((None, *shape), tf.float32), tf.TensorSpec((), tf.float32)
+    per_class = tf.TensorSpec((None, None), tf.float64)
 
     def hinge(scores, signs):
         return tf.reduce_sum(tf.nn.relu(1 - signs * scores), axis=1)
 
-    @tf.function(input_signature=[images, images, tf.TensorSpec((None, None), tf.float64), number, number])
     def step(x_adv, x, signs, eps, step_size):
         gradient, loss, _ = attacks.input_gradient(lambda images: defence.scores(images)[0], hinge, x_adv, signs)
         return loss, projection(x, norm, eps, bounds)(x_adv - step_size * gradient)
 
-    return step
+    return traced(step, defence, input_signature=[images, images, per_class, number, number])
 
 
 def algorithm_1(
@@ -197,5 +200,5 @@ def target(path):
 
 def clear_graphs():
     """Forget the compiled graphs of earlier defences, which hold on to their support vectors."""
-    for cache in (attacks._loop, compiled, _views, _hinge_step):
+    for cache in (attacks._loop, _views, _hinge_step):
         cache.cache_clear()

@@ -2,7 +2,8 @@
 
 Every attack takes `model`, a Keras network or any TensorFlow function from images to logits; images `x`, float32
 (n, h, w, c) in [0, 1]; integer labels `y` (n,), the true ones, or the wanted ones when `targeted`. It gives
-adversarial images of the shape of `x`, float32, and never changes the network (`training=False`).
+adversarial images of the shape of `x`, float32, and never changes the network (`training=False`). A function is called
+anew for every step, since it may be random; with an attribute `randomised = False` it is compiled, as networks are.
 Bad input raises before any computation: TypeError for shape and dtype, ValueError for values.
 """
 
@@ -12,7 +13,7 @@ import numpy as np
 import scipy.optimize
 import tensorflow as tf
 
-from helpers.models import check_logits, inference, own_graph, predict
+from helpers.models import check_logits, inference, own_graph, predict, randomised, traced
 from helpers.profiles import known
 from helpers.threat import ThreatModel, check_images, check_labels, check_positive, diameter, projection
 
@@ -60,11 +61,12 @@ def _loop(model, shape, norm, bounds, loss, targeted, goal):
     def network(x):
         return tf.cast(inference(model)(x), tf.float32)
 
-    @own_graph
     def gradient_of(x_adv, y):
         return input_gradient(network, LOSSES.get(loss, loss), x_adv, y)
 
-    @tf.function(input_signature=[images, images, labels, images, per_image, radius, number, count])
+    if not randomised(model):
+        gradient_of = own_graph(gradient_of)
+
     def loop(x_adv, x, y, best, best_score, eps, step_size, steps):
         project = projection(x, norm, eps, bounds)
         for _ in tf.range(steps):
@@ -77,7 +79,7 @@ def _loop(model, shape, norm, bounds, loss, targeted, goal):
             x_adv = project(x_adv + step_size * _direction(sign * gradient, norm))
         return x_adv, best, best_score
 
-    return loop
+    return traced(loop, model, input_signature=[images, images, labels, images, per_image, radius, number, count])
 
 
 def _direction(gradient, norm):
@@ -290,12 +292,13 @@ def lbfgs(model, x, target, *, searches=8, max_iterations=50, weights=(1e-3, 1e3
         raise ValueError(f"weights are {weights}; expected 0 < low < high")
     network = inference(model)
 
-    @tf.function(reduce_retracing=True)
     def gradient_and_value(image, label, original, weight):
         def loss(logits, label):
             return weight * tf.reduce_sum((image - original) ** 2) + cross_entropy(logits, label)
 
         return input_gradient(network, loss, image, label)[:2]
+
+    gradient_and_value = traced(gradient_and_value, model, reduce_retracing=True)
 
     def objective(flat, original, label, weight):
         image = tf.constant(flat.reshape(original.shape), tf.float32)

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from helpers.models import randomised
 from helpers.threat import check_images
 
 METRICS = ("confidence", "entropy", "variance", "mutual information")
@@ -18,10 +19,13 @@ def thinned(model, draws, seed=0):
     an image depends on `seed` alone and not on its batch. For one image this is what `model(x, training=True)` draws
     from. Only dropout is switched on (batch statistics stay frozen), and what precedes it is computed once.
 
-    Raises TypeError unless `model` is a keras.Sequential, ValueError if it has no dropout or `draws` < 2.
+    Raises TypeError unless `model` is a keras.Sequential, ValueError if it is `randomised` beyond its dropout, has no
+    dropout or `draws` < 2.
     """
     if not isinstance(model, keras.Sequential):
         raise TypeError(f"model is {type(model).__name__}; expected a keras.Sequential network")
+    if randomised(model):
+        raise ValueError("model is randomised; expected a network that draws nothing but its dropout")
     dropouts = [i for i, layer in enumerate(model.layers) if isinstance(layer, keras.layers.Dropout) and layer.rate > 0]
     if not dropouts:
         raise ValueError("model has no dropout layer with a rate above 0; Monte-Carlo dropout needs one")

@@ -1,6 +1,8 @@
 """The networks: their shapes and sizes, logits at the end, seeds, test mode, copies in float64 and on the disk."""
 
+import itertools
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -100,10 +102,101 @@ def test_a_float64_copy_needs_a_keras_network():
 @networks
 def test_the_compiled_network_agrees_with_the_plain_one(network):
     model = network()
-    np.testing.assert_allclose(models.compiled(model)(X), models.inference(model)(X), atol=1e-6)
-    assert models.compiled(model) is models.compiled(model)
+    graph = models.forward(model, X)
+    np.testing.assert_allclose(graph(X), models.inference(model)(X), atol=1e-6)
+    assert isinstance(graph, tf.types.experimental.PolymorphicFunction) and models.forward(model, X) is graph
     model.set_weights([weights + 0.1 for weights in model.get_weights()])  # the graph must see new weights
-    np.testing.assert_allclose(models.compiled(model)(X), models.inference(model)(X), atol=1e-5)
+    np.testing.assert_allclose(models.forward(model, X)(X), models.inference(model)(X), atol=1e-5)
+
+
+# ── What is random ──
+
+
+@keras.saving.register_keras_serializable("tests")
+class Noise(layers.Layer):
+    """Always adds noise, from a source that a graph would freeze or from one that draws anew in a graph too."""
+
+    def __init__(self, source, **options):
+        super().__init__(**options)
+        self.source, self.seeds = source, keras.random.SeedGenerator(0)
+
+    def call(self, x):
+        return x + SOURCES[self.source](x, self.seeds)
+
+
+SOURCES = {
+    "numpy": lambda x, seeds: np.random.normal(size=(1, *x.shape[1:])).astype("float32"),  # noqa: NPY002
+    "python": lambda x, seeds: random.gauss(),
+    "tensorflow": lambda x, seeds: tf.random.normal(tf.shape(x)),
+    "keras": lambda x, seeds: keras.random.normal(tf.shape(x), seed=seeds),
+    "generator": lambda x, seeds: GENERATOR.normal(tf.shape(x)),
+    "coin": lambda x, seeds: float(next(COIN)),
+}
+GENERATOR, COIN = tf.random.Generator.from_seed(0), itertools.cycle([0, 0, 1])
+sources = pytest.mark.parametrize("source", SOURCES)
+
+
+def noisy_network(source):
+    keras.utils.set_random_seed(0)
+    return keras.Sequential([layers.Input((6, 6, 1)), Noise(source), layers.Flatten(), layers.Dense(3)])
+
+
+def noisy_function(source):
+    network = noisy_network(source)
+    return lambda x: network(x, training=False)
+
+
+class Voter:
+    def __init__(self, source, **said):
+        self.network = noisy_network(source)
+        vars(self).update(said)
+
+    def logits(self, x):
+        return self.network(x, training=False)
+
+
+@sources
+def test_a_random_function_answers_anew(source):
+    network = noisy_network(source)
+    network.randomised = True
+    for model in (noisy_function(source), Voter(source).logits, Voter(source, randomised=True).logits, network):
+        answers = [models.predict(model, X, 5) for _ in range(3)]
+        assert any(np.abs(answer - answers[0]).max() > 1e-2 for answer in answers), "frozen in a graph"
+        models.check_logits(model, X)
+
+
+@sources
+@pytest.mark.parametrize("door", [models.check_logits, lambda model, x: models.predict(model, x, 5)])
+def test_a_random_network_has_to_say_so(source, door):
+    lying = noisy_function(source)
+    lying.randomised = False
+    for model in (noisy_network(source), lying, Voter(source, randomised=False).logits):
+        with pytest.raises(ValueError, match="model answers differently .* an attribute `randomised = True`"):
+            door(model, X)
+
+
+def test_what_says_that_it_is_not_random_becomes_a_graph():
+    traces = []
+
+    def model(x):
+        traces.append(x.shape)
+        return tf.reshape(x, (-1, 36))[:, :3]
+
+    models.predict(model, X, 5)
+    models.predict(model, X, 5)
+    assert len(traces) == 2, "called, not traced"
+    model.randomised = False
+    models.predict(model, X, 5)
+    steady = len(traces)
+    np.testing.assert_array_equal(models.predict(model, X, 5), X.reshape(5, -1)[:, :3])
+    assert len(traces) == steady, "traced once"
+
+
+def test_a_part_of_a_random_network_is_random():
+    network = noisy_network("numpy")
+    assert not models.part(network, network.layers[-1].input).randomised
+    network.randomised = True
+    assert models.part(network, network.layers[-1].input).randomised
 
 
 def test_a_graph_of_its_own_is_not_merged_into_its_caller():
