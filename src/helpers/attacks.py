@@ -7,13 +7,13 @@ anew for every step, since it may be random; with an attribute `randomised = Fal
 Bad input raises before any computation: TypeError for shape and dtype, ValueError for values.
 """
 
-from functools import lru_cache
+from functools import partial
 
 import numpy as np
 import scipy.optimize
 import tensorflow as tf
 
-from helpers.models import check_logits, inference, own_graph, predict, randomised, traced
+from helpers.models import check_logits, graph_of, inference, own_graph, predict, randomised, traced
 from helpers.profiles import known
 from helpers.threat import ThreatModel, check_images, check_labels, check_positive, diameter, projection
 
@@ -46,8 +46,12 @@ def input_gradient(network, loss, x, y):
     return tape.gradient(losses, x, unconnected_gradients="zero"), losses, logits
 
 
-@lru_cache(maxsize=32)
-def _loop(model, shape, norm, bounds, loss, targeted, goal):
+def _loop(model, *settings):
+    """The compiled loop of `_compile`, kept on the model for the next call with these settings."""
+    return graph_of(model, ("loop", *settings), partial(_compile, model, *settings))
+
+
+def _compile(model, shape, norm, bounds, loss, targeted, goal):
     """Compile `steps` ascent steps for one network; sizes, eps and step size stay tensors, so nothing is retraced.
 
     With a `goal` the best of the images at which a gradient was taken is kept, which costs no further pass.

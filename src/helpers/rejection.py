@@ -7,7 +7,7 @@ combining SVM). The machines are those of `helpers.svm`, one a class against the
 import hashlib
 import json
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 import keras
@@ -127,13 +127,13 @@ def rates(results):
 # ── Fitting ──
 
 
-@lru_cache(maxsize=8)
 def feature_network(network, layers):
     """Keras network from images to the outputs of `layers`, counted as in paper 01, Table 1."""
     counted = [layer for layer in network.layers if not isinstance(layer, _UNCOUNTED)]
     if not layers or any(not isinstance(n, int) or not 1 <= n <= len(counted) for n in layers):
         raise ValueError(f"layers are {layers}; expected numbers from 1 to {len(counted)}")
-    return models.part(network, [counted[n - 1].output for n in layers])
+    outputs = [counted[n - 1].output for n in layers]
+    return models.graph_of(network, ("features", layers), lambda: models.part(network, outputs))
 
 
 def features(network, x, layers, batch_size=500):

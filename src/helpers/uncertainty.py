@@ -1,12 +1,10 @@
 """Uncertainty by Monte-Carlo dropout: what thinned copies of a network disagree about (paper 04, Sections 3.3-3.4)."""
 
-from functools import lru_cache
-
 import keras
 import numpy as np
 import tensorflow as tf
 
-from helpers.models import randomised
+from helpers.models import graph_of, randomised
 from helpers.threat import check_images
 
 METRICS = ("confidence", "entropy", "variance", "mutual information")
@@ -53,15 +51,11 @@ def thinned(model, draws, seed=0):
     return probabilities
 
 
-@lru_cache(maxsize=8)
-def _graph(model, draws, seed):
-    return tf.function(thinned(model, draws, seed), reduce_retracing=True)
-
-
 def sample(model, x, *, draws=50, seed=0, batch_size=500):
     """Probabilities (draws, n, classes) float32 of images `x` (n, h, w, c) in [0, 1] under `thinned(model, draws)`."""
     check_images(x)
-    graph = _graph(model, draws, seed)
+    graph = graph_of(model, ("thinned", draws, seed),
+                     lambda: tf.function(thinned(model, draws, seed), reduce_retracing=True))
     return np.concatenate([graph(tf.constant(x[i : i + batch_size])) for i in range(0, len(x), batch_size)], axis=1)
 
 
