@@ -4,7 +4,9 @@ Both take a `rejection.Defence`, images `x` (n, h, w, c) float32 in [0, 1], true
 means a wrong class that is not refused; being refused is no success.
 """
 
-from functools import lru_cache, partial
+import gc
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import tensorflow as tf
@@ -12,46 +14,52 @@ from tqdm import tqdm
 
 from helpers import attacks
 from helpers.closeness import squared_distances
-from helpers.models import compiled
+from helpers.models import graph_of, traced
 from helpers.rejection import Defence, evaluate, load
 from helpers.threat import check_images, check_labels, check_positive, projection
 
 
-@lru_cache
-def evasion(classes, view=0):
+@dataclass(frozen=True)
+class evasion:  # a value, not a closure: equal ones share their graphs
     """Reject-aware margin (n,) as a function of (logits, y): best wrong class against the true one or refusing.
 
     `logits` are those of `Defence.logits`, classes + 1 columns a view; `view` picks the factor on gamma. Positive where
     the defence is evaded (paper 01, Section 2.5.1: the pair max(s_i), max(s_j)).
     """
 
-    def margin(logits, y):
-        z = tf.convert_to_tensor(logits)[:, view * (classes + 1) : (view + 1) * (classes + 1)]
-        known = tf.one_hot(y, classes + 1, True, False) | (tf.range(classes + 1) == classes)
+    classes: int
+    view: int = 0
+
+    def __call__(self, logits, y):
+        """Margin (n,) of `logits` for the true labels `y` (n,)."""
+        width = self.classes + 1
+        z = tf.convert_to_tensor(logits)[:, self.view * width : (self.view + 1) * width]
+        known = tf.one_hot(y, width, True, False) | (tf.range(width) == self.classes)
         return tf.reduce_max(tf.where(known, -np.inf, z), axis=1) - tf.reduce_max(tf.where(known, z, -np.inf), axis=1)
 
-    return margin
+
+@dataclass(frozen=True)
+class dense_evasion:
+    """`evasion` plus `weight` times the log-density of the best wrong class, from the columns after two views."""
+
+    classes: int
+    weight: float
+
+    def __call__(self, logits, y):
+        """Margin and density (n,) of `logits` for the true labels `y` (n,)."""
+        wrong = tf.where(tf.one_hot(y, self.classes, True, False), -np.inf, logits[:, : self.classes])
+        log_density = tf.gather(logits[:, 2 * (self.classes + 1) :], tf.argmax(wrong, axis=1), batch_dims=1)
+        return evasion(self.classes)(logits, y) + self.weight * log_density
 
 
-@lru_cache(maxsize=8)
 def _views(defence, width, density):
     """The defence's logits beside those with a smoothed kernel, and the log-densities of the classes if wanted."""
-    if density is None:
-        return partial(defence.logits, widths=(1.0, width))
-    return lambda x: tf.concat([defence.logits(x, (1.0, width)), density(x)], axis=1)
+    def views(x):
+        logits = defence.logits(x, (1.0, width))
+        return logits if density is None else tf.concat([logits, density(x)], axis=1)
 
-
-@lru_cache
-def dense_evasion(classes, weight):
-    """`evasion` plus `weight` times the log-density of the best wrong class, from the columns after two views."""
-    bare = evasion(classes)
-
-    def margin(logits, y):
-        wrong = tf.where(tf.one_hot(y, classes, True, False), -np.inf, logits[:, :classes])
-        log_density = tf.gather(logits[:, 2 * (classes + 1) :], tf.argmax(wrong, axis=1), batch_dims=1)
-        return bare(logits, y) + weight * log_density
-
-    return margin
+    views.randomised = defence.randomised
+    return views
 
 
 def kernel_density(x, y, bandwidth):
@@ -90,7 +98,8 @@ def strong(
     soft, success = evasion(classes, 1), evasion(classes)
     hard = success if density is None else dense_evasion(classes, weight)
     best, score = x.copy(), success(evaluate(defence, x), y).numpy()
-    model, options = _views(defence, width, density), {"batch_size": batch_size, "seed": seed}
+    model = graph_of(defence, ("views", width, density), partial(_views, defence, width, density))
+    options = {"batch_size": batch_size, "seed": seed}
 
     def keep(left, images):
         new = success(evaluate(defence, images), y[left]).numpy()
@@ -139,20 +148,19 @@ def nearest_starts(defence, x, y, threat, x_train, y_train, candidates=5):
     return np.stack(starts)[np.argmax(scores, axis=0), np.arange(len(x))]
 
 
-@lru_cache(maxsize=8)
 def _hinge_step(defence, shape, norm, bounds):
     """Compile one step of Algorithm 1: the loss at `x_adv`, and where the step leads."""
     images, number = tf.TensorSpec((None, *shape), tf.float32), tf.TensorSpec((), tf.float32)
+    per_class = tf.TensorSpec((None, None), tf.float64)
 
     def hinge(scores, signs):
         return tf.reduce_sum(tf.nn.relu(1 - signs * scores), axis=1)
 
-    @tf.function(input_signature=[images, images, tf.TensorSpec((None, None), tf.float64), number, number])
     def step(x_adv, x, signs, eps, step_size):
         gradient, loss, _ = attacks.input_gradient(lambda images: defence.scores(images)[0], hinge, x_adv, signs)
         return loss, projection(x, norm, eps, bounds)(x_adv - step_size * gradient)
 
-    return step
+    return traced(step, defence, input_signature=[images, images, per_class, number, number])
 
 
 def algorithm_1(
@@ -172,7 +180,8 @@ def algorithm_1(
     check_positive(step_size=step_size, steps=steps, tolerance=tolerance, batch_size=batch_size)
     order = _wrong_classes(defence, x, y)
     signs = 2.0 * (np.arange(order.shape[1]) == order[:, :1]) - 1
-    step = _hinge_step(defence, x.shape[1:], threat.norm, threat.bounds)
+    settings = x.shape[1:], threat.norm, threat.bounds
+    step = graph_of(defence, ("hinge", *settings), partial(_hinge_step, defence, *settings))
     current, taken, last = threat.random_start(x, seed), np.zeros(len(x), int), np.full(len(x), np.inf)
     active = np.arange(len(x))
     for _ in tqdm(range(steps), desc=label, disable=label is None, unit="step"):
@@ -188,14 +197,19 @@ def algorithm_1(
     return current, taken
 
 
-@lru_cache(maxsize=1)
+_TARGET = {}  # path: the defence of the unit before, since to load and compile it again takes longer than many a unit
+
+
 def target(path):
     """The defence that `rejection.save` wrote to `path`, kept with its graphs until the next one is asked for."""
-    clear_graphs()
-    return load(path)
+    if path not in _TARGET:
+        _TARGET.clear()
+        gc.collect()  # its graphs and itself hold each other, and its support vectors may be large
+        _TARGET[path] = load(path)
+    return _TARGET[path]
 
 
 def clear_graphs():
-    """Forget the compiled graphs of earlier defences, which hold on to their support vectors."""
-    for cache in (attacks._loop, compiled, _views, _hinge_step):
-        cache.cache_clear()
+    """Forget the defence of `target`. Chapter 01 calls it before it attacks larger ones."""
+    _TARGET.clear()
+    gc.collect()

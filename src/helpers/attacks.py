@@ -2,17 +2,18 @@
 
 Every attack takes `model`, a Keras network or any TensorFlow function from images to logits; images `x`, float32
 (n, h, w, c) in [0, 1]; integer labels `y` (n,), the true ones, or the wanted ones when `targeted`. It gives
-adversarial images of the shape of `x`, float32, and never changes the network (`training=False`).
+adversarial images of the shape of `x`, float32, and never changes the network (`training=False`). A function is called
+anew for every step, since it may be random; with an attribute `randomised = False` it is compiled, as networks are.
 Bad input raises before any computation: TypeError for shape and dtype, ValueError for values.
 """
 
-from functools import lru_cache
+from functools import partial
 
 import numpy as np
 import scipy.optimize
 import tensorflow as tf
 
-from helpers.models import check_logits, inference, own_graph, predict
+from helpers.models import check_logits, graph_of, inference, own_graph, predict, randomised, traced
 from helpers.profiles import known
 from helpers.threat import ThreatModel, check_images, check_labels, check_positive, diameter, projection
 
@@ -45,8 +46,12 @@ def input_gradient(network, loss, x, y):
     return tape.gradient(losses, x, unconnected_gradients="zero"), losses, logits
 
 
-@lru_cache(maxsize=32)
-def _loop(model, shape, norm, bounds, loss, targeted, goal):
+def _loop(model, *settings):
+    """The compiled loop of `_compile`, kept on the model for the next call with these settings."""
+    return graph_of(model, ("loop", *settings), partial(_compile, model, *settings))
+
+
+def _compile(model, shape, norm, bounds, loss, targeted, goal):
     """Compile `steps` ascent steps for one network; sizes, eps and step size stay tensors, so nothing is retraced.
 
     With a `goal` the best of the images at which a gradient was taken is kept, which costs no further pass.
@@ -60,11 +65,12 @@ def _loop(model, shape, norm, bounds, loss, targeted, goal):
     def network(x):
         return tf.cast(inference(model)(x), tf.float32)
 
-    @own_graph
     def gradient_of(x_adv, y):
         return input_gradient(network, LOSSES.get(loss, loss), x_adv, y)
 
-    @tf.function(input_signature=[images, images, labels, images, per_image, radius, number, count])
+    if not randomised(model):
+        gradient_of = own_graph(gradient_of)
+
     def loop(x_adv, x, y, best, best_score, eps, step_size, steps):
         project = projection(x, norm, eps, bounds)
         for _ in tf.range(steps):
@@ -77,7 +83,7 @@ def _loop(model, shape, norm, bounds, loss, targeted, goal):
             x_adv = project(x_adv + step_size * _direction(sign * gradient, norm))
         return x_adv, best, best_score
 
-    return loop
+    return traced(loop, model, input_signature=[images, images, labels, images, per_image, radius, number, count])
 
 
 def _direction(gradient, norm):
@@ -290,12 +296,13 @@ def lbfgs(model, x, target, *, searches=8, max_iterations=50, weights=(1e-3, 1e3
         raise ValueError(f"weights are {weights}; expected 0 < low < high")
     network = inference(model)
 
-    @tf.function(reduce_retracing=True)
     def gradient_and_value(image, label, original, weight):
         def loss(logits, label):
             return weight * tf.reduce_sum((image - original) ** 2) + cross_entropy(logits, label)
 
         return input_gradient(network, loss, image, label)[:2]
+
+    gradient_and_value = traced(gradient_and_value, model, reduce_retracing=True)
 
     def objective(flat, original, label, weight):
         image = tf.constant(flat.reshape(original.shape), tf.float32)

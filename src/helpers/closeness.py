@@ -1,20 +1,17 @@
 """Closeness to a class: how near an image's last hidden activations lie to the training images of that class."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 
-import keras
 import numpy as np
 import tensorflow as tf
 
-from helpers.models import predict
+from helpers.models import graph_of, part, predict
 from helpers.threat import check_images, check_labels, check_positive
 
 
-@lru_cache(maxsize=32)
 def last_hidden(model):
     """The part of `model`, a Keras network, from images to what enters its last layer, (n, d); dropout must be off."""
-    return keras.Model(model.inputs, model.layers[-1].input)
+    return graph_of(model, "last hidden", lambda: part(model, model.layers[-1].input))
 
 
 def activations(model, x, batch_size=1000):

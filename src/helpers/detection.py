@@ -97,4 +97,5 @@ def guarded(model, detector, near, *, draws=10, seed=0):
         log_odds = sum(weight * values[name] for name, weight in detector.weights.items()) + detector.offset
         return tf.concat([logits, log_odds[:, None]], axis=1)
 
+    outputs.randomised = False  # the masks are drawn once
     return outputs

@@ -76,7 +76,6 @@ class Filter(keras.layers.Layer):
         super().__init__(**options)
         self.kind, self.value = known("kind", kind, FILTERS), _checked(kind, value)
         self.gradient = known("gradient", gradient, ("exact", "identity"))
-        self.label = f"Filter {kind} {self.value}{'' if gradient == 'exact' else f' {gradient}'}"
 
     def build(self, shape):
         """Compare the window with the image."""

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
+from types import MethodType
 
 import keras
 import numpy as np
@@ -14,6 +15,7 @@ from keras import layers
 from helpers import files
 from helpers.profiles import known
 
+_KEPT = 32  # graphs on one object
 tf.get_logger().setLevel("ERROR")  # every network has graphs of its own, which TensorFlow reports as retracing
 
 
@@ -162,10 +164,84 @@ def inference(model):
     return partial(model, training=False) if isinstance(model, keras.Model) else model
 
 
-@lru_cache(maxsize=32)
-def compiled(model):
-    """`inference(model)` as a TensorFlow graph, kept for the next call with the same network."""
-    return tf.function(inference(model), reduce_retracing=True)
+def randomised(model):
+    """Whether `model` may give one image two answers, so that no graph, which would freeze them, may be made of it.
+
+    An object says so itself by its attribute `randomised`, which also speaks for its methods. Where nothing is said, a
+    Keras layer or network is taken for deterministic, and any other function for random.
+    """
+    owner = model.__self__ if isinstance(model, MethodType) else model
+    return bool(getattr(owner, "randomised", not isinstance(owner, keras.Layer)))
+
+
+def traced(function, model, **options):
+    """`function`, which calls `model`, as a TensorFlow graph, or as it is where the model is `randomised`."""
+    if not randomised(model):
+        return tf.function(function, **options)
+    kinds = [spec.dtype for spec in options.get("input_signature", ())]
+
+    def called(*arguments):
+        return function(*map(tf.convert_to_tensor, arguments, kinds) if kinds else arguments)
+
+    return called
+
+
+def forward(model, x):
+    """`inference(model)` to be called with tensors: a graph, kept on the model, or itself where it is `randomised`.
+
+    Raises ValueError where a graph would freeze what it draws: `model` answers differently to the first of `x`.
+    """
+    def build():
+        _check_steady(model, tf.constant(x[:2]))
+        return tf.function(inference(model), reduce_retracing=True)
+
+    return inference(model) if randomised(model) else graph_of(model, "forward", build)
+
+
+def _check_steady(model, x, calls=3):
+    first, *others = (np.concatenate([np.ravel(part) for part in tf.nest.flatten(inference(model)(x))])
+                      for _ in range(calls))
+    slack = 1e-3 * np.abs(first[np.isfinite(first)]).max(initial=1.0)  # on a GPU sums may differ from call to call
+    if not all(np.allclose(first, other, rtol=0, atol=slack, equal_nan=True) for other in others):
+        raise ValueError("model answers differently when it is called again; expected the same each time, or an "
+                         "attribute `randomised = True` that says so")
+
+
+class _Graphs(dict):
+    """What is kept for `owner`; a copy of the owner, or one from a pickle, begins without."""
+
+    def __init__(self, owner=None):
+        super().__init__()
+        self.owner = owner
+
+    def __reduce__(self):
+        return _Graphs, ()
+
+
+def graph_of(owner, key, build):
+    """`build()`, kept on `owner` for the next call with this `key`, and gone with it.
+
+    For a method it is kept on its object. An object that takes no attributes keeps nothing. The attribute's name makes
+    Keras overlook it, and so it is in no file, configuration or copy.
+    """
+    owner, key = (owner.__self__, (owner.__func__, key)) if isinstance(owner, MethodType) else (owner, key)
+    if not isinstance(attributes := getattr(owner, "__dict__", None), dict):
+        return build()
+    graphs = attributes.get("__graphs__")
+    if graphs is None or graphs.owner is not owner:
+        graphs = attributes["__graphs__"] = _Graphs(owner)
+    if key not in graphs:
+        while len(graphs) >= _KEPT:  # a loss of its own for every call would fill the memory
+            del graphs[next(iter(graphs))]
+        graphs[key] = build()
+    return graphs[key]
+
+
+def part(model, outputs):
+    """The Keras network from what enters `model` to `outputs`, tensors within it; `randomised` where the whole is."""
+    inner = keras.Model(model.inputs[0], outputs)
+    inner.randomised = randomised(model)
+    return inner
 
 
 def own_graph(function):
@@ -178,21 +254,21 @@ def own_graph(function):
 
 
 def predict(model, x, batch_size):
-    """Outputs (n, ...) of `compiled(model)` for images `x` that are known to be valid, in batches."""
-    graph = compiled(model)
-    return np.concatenate([graph(tf.constant(x[i : i + batch_size])) for i in range(0, len(x), batch_size)])
+    """Outputs (n, ...) of `forward(model, x)` for images `x` that are known to be valid, in batches."""
+    outputs = forward(model, x)
+    return np.concatenate([outputs(tf.constant(x[i : i + batch_size])) for i in range(0, len(x), batch_size)])
 
 
 def check_logits(model, x):
     """Logits (m, classes) of the first images of `x`.
 
-    Raises ValueError for images of another size, outputs of another shape, and where every row is non-negative and sums
-    to 1 (a softmax).
+    Raises ValueError for images of another size, outputs of another shape, where every row is non-negative and sums to
+    1 (a softmax), and for a random `model` that does not say so.
     """
     expected = model.input_shape[1:] if isinstance(model, keras.Model) else x.shape[1:]
     if any(side not in (None, given) for side, given in zip(expected, x.shape[1:], strict=True)):
         raise ValueError(f"x holds images {x.shape[1:]}; expected {expected}, the size that the network takes")
-    logits = compiled(model)(tf.constant(x[:8])).numpy()
+    logits = np.asarray(forward(model, x)(tf.constant(x[:8])))
     if logits.ndim != 2:
         raise ValueError(f"model gives shape {logits.shape}; expected logits of shape (n, classes)")
     if (logits >= 0).all() and np.allclose(logits.sum(axis=1), 1, atol=1e-3):
@@ -201,7 +277,7 @@ def check_logits(model, x):
 
 
 def save(model, folder):
-    """Keep `model` in `folder` as <SHA-256 of its layers' types and weights>.keras and return that file name."""
+    """Keep `model` in `folder` as <its `digest`>.keras and return that file name."""
     path = Path(folder) / f"{digest(model)}.keras"
     if not path.exists():
         with files.atomic(path) as temporary:
@@ -210,7 +286,7 @@ def save(model, folder):
 
 
 def load(path, seed=0):
-    """The network of a file that `save` wrote, compared with the SHA-256 in its name.
+    """The network of a file that `save` wrote, compared with the `digest` in its name.
 
     Sets Keras' random seed, from which the network's dropout draws its masks if it is trained further.
     Raises FileNotFoundError or ValueError, which name the file, if it is not there or is damaged.
@@ -220,9 +296,27 @@ def load(path, seed=0):
 
 
 def digest(model):
-    """SHA-256 of the layers' types and the weights, by which a network is known."""
-    labels = (getattr(layer, "label", type(layer).__name__) for layer in model.layers)  # a filter has no weights
-    content = hashlib.sha256(" ".join(labels).encode())
+    """SHA-256 of all that `model` is: its layers, their settings and connections, and its weights.
+
+    What layers are called does not count, nor do an optimizer and what is frozen, which Keras keeps for some networks
+    only: the same network, built again, has the same.
+    """
+    content = hashlib.sha256(json.dumps(_nameless(json.loads(model.to_json())), sort_keys=True).encode())
     for weights in model.get_weights():
+        content.update(f"{weights.dtype} {weights.shape}".encode())
         content.update(weights.tobytes())
     return content.hexdigest()
+
+
+def _nameless(config, places=None):
+    """A network's configuration with the places of its layers for their names, which Keras numbers in a process."""
+    if isinstance(config, list):
+        if len(config) == 3 and isinstance(config[0], str) and config[0] in (places or {}):  # a connection
+            return [places[config[0]], *config[1:]]
+        return [_nameless(part, places) for part in config]
+    if not isinstance(config, dict) or str(config.get("class_name")).endswith("DTypePolicy"):  # whose name is its kind
+        return config
+    if isinstance(layers := config.get("layers"), list):
+        places = {layer["config"]["name"]: place for place, layer in enumerate(layers)}
+    dropped = ("name", "build_config", "compile_config", "trainable")
+    return {key: _nameless(value, places) for key, value in config.items() if key not in dropped}

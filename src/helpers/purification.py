@@ -10,7 +10,7 @@ from skimage.restoration import denoise_tv_chambolle
 from tqdm import tqdm
 
 from helpers import attacks
-from helpers.models import check_logits, inference
+from helpers.models import check_logits, inference, randomised, traced
 from helpers.threat import check_images, check_labels, check_positive
 
 
@@ -87,6 +87,11 @@ class StraightThrough:
     purify: object
     classifier: object
 
+    @property
+    def randomised(self):
+        """Whether one of the two may be."""
+        return randomised(self.purify) or randomised(self.classifier)
+
     def __call__(self, x):
         """Logits (n, classes) of images `x` (n, h, w, c)."""
         change = tf.stop_gradient(inference(self.purify)(x) - x)
@@ -101,6 +106,7 @@ class TotalVariation:
     """
 
     weight: float
+    randomised = False
 
     def __post_init__(self):
         check_positive(weight=self.weight)
@@ -159,7 +165,6 @@ def _step(purifier, classifier, weight, learning_rate):
     optimizer = keras.optimizers.Adam(learning_rate)
     optimizer.build(purifier.trainable_variables)
 
-    @tf.function(reduce_retracing=True)
     def step(x_in, x, y):
         with tf.GradientTape() as tape:
             purified = purifier(x_in, training=True)
@@ -167,4 +172,4 @@ def _step(purifier, classifier, weight, learning_rate):
         optimizer.apply(tape.gradient(loss, purifier.trainable_variables))
         return loss
 
-    return step
+    return traced(step, StraightThrough(purifier, classifier), reduce_retracing=True)

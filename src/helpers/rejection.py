@@ -7,7 +7,7 @@ combining SVM). The machines are those of `helpers.svm`, one a class against the
 import hashlib
 import json
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 import keras
@@ -52,6 +52,11 @@ class Defence:
     combiner: SVM | None = None
     platt: np.ndarray | None = None
     threshold: float = -np.inf
+
+    @property
+    def randomised(self):
+        """Whether the network says that it is."""
+        return models.randomised(self.network)
 
     @cached_property
     def _features(self):
@@ -122,20 +127,20 @@ def rates(results):
 # ── Fitting ──
 
 
-@lru_cache(maxsize=8)
 def feature_network(network, layers):
     """Keras network from images to the outputs of `layers`, counted as in paper 01, Table 1."""
     counted = [layer for layer in network.layers if not isinstance(layer, _UNCOUNTED)]
     if not layers or any(not isinstance(n, int) or not 1 <= n <= len(counted) for n in layers):
         raise ValueError(f"layers are {layers}; expected numbers from 1 to {len(counted)}")
-    return keras.Model(network.inputs[0], [counted[n - 1].output for n in layers])
+    outputs = [counted[n - 1].output for n in layers]
+    return models.graph_of(network, ("features", layers), lambda: models.part(network, outputs))
 
 
 def features(network, x, layers, batch_size=500):
     """Outputs (n, p) float32 of each of `layers` for images `x`, in test mode."""
     check_images(x)
-    graph = models.compiled(feature_network(network, tuple(layers)))
-    parts = [tf.nest.flatten(graph(tf.constant(x[i : i + batch_size]))) for i in range(0, len(x), batch_size)]
+    outputs = models.forward(feature_network(network, tuple(layers)), x)
+    parts = [tf.nest.flatten(outputs(tf.constant(x[i : i + batch_size]))) for i in range(0, len(x), batch_size)]
     return [np.concatenate([part[i] for part in parts]).reshape(len(x), -1) for i in range(len(layers))]
 
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from helpers.attacks import cross_entropy, input_gradient
 from helpers.evaluation import score
-from helpers.models import check_logits, inference, own_graph
+from helpers.models import check_logits, inference, own_graph, randomised, traced
 from helpers.threat import ThreatModel, check_images, check_labels, check_positive, projection
 
 
@@ -85,7 +85,6 @@ def _epoch(model, x, y, batch_size, learning_rate, adversary):
     optimizer.build(model.trainable_variables)
     batches = -(-len(x) // batch_size)
 
-    @own_graph
     def step(images, labels, seed):
         if adversary is not None:
             adversarial = adversary.craft(model, images, labels, seed)
@@ -99,7 +98,8 @@ def _epoch(model, x, y, batch_size, learning_rate, adversary):
         hits = tf.cast(tf.argmax(logits, axis=1) == labels, tf.float32)
         return tf.stack([tf.reduce_sum(losses), tf.reduce_sum(hits), tf.cast(tf.size(labels), tf.float32)])
 
-    @tf.function
+    step = step if randomised(model) else own_graph(step)
+
     def epoch(order, seed):
         totals = tf.zeros(3)
         for i in tf.range(batches):
@@ -108,4 +108,4 @@ def _epoch(model, x, y, batch_size, learning_rate, adversary):
             totals += step(images, tf.gather(y, index), seed + tf.stack([0, 1000003 * (i + 1)]))
         return totals[0] / totals[2], totals[1] / totals[2]
 
-    return epoch
+    return traced(epoch, model)

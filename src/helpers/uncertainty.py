@@ -1,11 +1,10 @@
 """Uncertainty by Monte-Carlo dropout: what thinned copies of a network disagree about (paper 04, Sections 3.3-3.4)."""
 
-from functools import lru_cache
-
 import keras
 import numpy as np
 import tensorflow as tf
 
+from helpers.models import graph_of, randomised
 from helpers.threat import check_images
 
 METRICS = ("confidence", "entropy", "variance", "mutual information")
@@ -18,10 +17,13 @@ def thinned(model, draws, seed=0):
     an image depends on `seed` alone and not on its batch. For one image this is what `model(x, training=True)` draws
     from. Only dropout is switched on (batch statistics stay frozen), and what precedes it is computed once.
 
-    Raises TypeError unless `model` is a keras.Sequential, ValueError if it has no dropout or `draws` < 2.
+    Raises TypeError unless `model` is a keras.Sequential, ValueError if it is `randomised` beyond its dropout, has no
+    dropout or `draws` < 2.
     """
     if not isinstance(model, keras.Sequential):
         raise TypeError(f"model is {type(model).__name__}; expected a keras.Sequential network")
+    if randomised(model):
+        raise ValueError("model is randomised; expected a network that draws nothing but its dropout")
     dropouts = [i for i, layer in enumerate(model.layers) if isinstance(layer, keras.layers.Dropout) and layer.rate > 0]
     if not dropouts:
         raise ValueError("model has no dropout layer with a rate above 0; Monte-Carlo dropout needs one")
@@ -49,15 +51,11 @@ def thinned(model, draws, seed=0):
     return probabilities
 
 
-@lru_cache(maxsize=8)
-def _graph(model, draws, seed):
-    return tf.function(thinned(model, draws, seed), reduce_retracing=True)
-
-
 def sample(model, x, *, draws=50, seed=0, batch_size=500):
     """Probabilities (draws, n, classes) float32 of images `x` (n, h, w, c) in [0, 1] under `thinned(model, draws)`."""
     check_images(x)
-    graph = _graph(model, draws, seed)
+    graph = graph_of(model, ("thinned", draws, seed),
+                     lambda: tf.function(thinned(model, draws, seed), reduce_retracing=True))
     return np.concatenate([graph(tf.constant(x[i : i + batch_size])) for i in range(0, len(x), batch_size)], axis=1)
 
 

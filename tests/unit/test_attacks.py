@@ -423,6 +423,8 @@ def test_one_graph_serves_every_radius_and_number_of_steps():
         traces.append(x.shape)
         return LINEAR(x)
 
+    model.randomised = False
+
     def run(n, eps, steps, step_size):
         attacks.pgd(model, X[:n], Y[:n] % 2, ThreatModel("linf", eps), steps=steps, step_size=step_size)
 
@@ -432,6 +434,51 @@ def test_one_graph_serves_every_radius_and_number_of_steps():
     for n, eps, steps, step_size in ((12, 0.2, 5, 0.3), (7, 0.05, 8, None), (9, np.float64(0.3), np.int64(2), 0.02)):
         run(n, eps, steps, step_size)
     assert len(traces) == before
+
+
+# ── What is random ──
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_calls_a_random_model_anew_in_every_step(name):
+    calls = []
+
+    def model(x):  # a graph would keep the first shift for ever
+        calls.append(np.random.normal(scale=1e-4))  # noqa: NPY002
+        return LINEAR(x + calls[-1])
+
+    sure = np.abs(margins(LINEAR, X, Y % 2)) > 0.1  # never beaten within so small a radius
+    x, y = X[sure], logits(LINEAR, X[sure]).argmax(axis=1)
+    steps = {"fgsm": 1, "bim": 3, "pgd-linf": 12, "pgd-l2": 3, "pgd-compact": 3 * 14, "square": 8}[name]
+    for _ in range(2):
+        before = len(calls)
+        ATTACKS[name](model, x, y, 0.001)
+        assert len(calls) - before >= steps
+    assert len(set(calls)) == len(calls)
+
+
+def test_a_random_network_is_attacked_where_it_says_so():
+    class Shift(layers.Layer):
+        def call(self, x):
+            return x + np.random.normal(scale=0.1)  # noqa: NPY002
+
+    random = keras.Sequential([layers.Input(SHAPE), Shift(), NET])
+    with pytest.raises(ValueError, match="model answers differently when it is called again"):
+        attacks.fgsm(random, X, Y, 0.1)
+    random.randomised = True
+    once, again = (attacks.pgd(random, X, Y, ThreatModel("l2", 0.3), steps=3) for _ in range(2))
+    assert np.abs(once - again).max() > 1e-4
+
+
+def test_a_function_is_attacked_alike_with_and_without_a_graph():
+    def declared(x):
+        return three_classes(x)
+
+    declared.randomised = False
+    for attack in (*ATTACKS.values(), lambda m, x, y, eps: attacks.ddn(m, x, y, steps=5),
+                   lambda m, x, y, eps: attacks.normalised(m, x, y, (y + 1) % 3, steps=3)[0],
+                   lambda m, x, y, eps: attacks.lbfgs(m, x[:2], y[:2], searches=2)):  # fmt: skip
+        np.testing.assert_allclose(attack(three_classes, X, Y, 0.1), attack(declared, X, Y, 0.1), atol=1e-5)
 
 
 # ── The gradient-free attack ──

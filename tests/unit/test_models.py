@@ -1,12 +1,19 @@
 """The networks: their shapes and sizes, logits at the end, seeds, test mode, copies in float64 and on the disk."""
 
+import itertools
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
 
-from helpers import files, models
+from helpers import files, filters, models
 
 X = np.random.default_rng(0).uniform(0, 1, (5, 6, 6, 1)).astype("float32")
 NETWORKS = {
@@ -95,10 +102,101 @@ def test_a_float64_copy_needs_a_keras_network():
 @networks
 def test_the_compiled_network_agrees_with_the_plain_one(network):
     model = network()
-    np.testing.assert_allclose(models.compiled(model)(X), models.inference(model)(X), atol=1e-6)
-    assert models.compiled(model) is models.compiled(model)
+    graph = models.forward(model, X)
+    np.testing.assert_allclose(graph(X), models.inference(model)(X), atol=1e-6)
+    assert isinstance(graph, tf.types.experimental.PolymorphicFunction) and models.forward(model, X) is graph
     model.set_weights([weights + 0.1 for weights in model.get_weights()])  # the graph must see new weights
-    np.testing.assert_allclose(models.compiled(model)(X), models.inference(model)(X), atol=1e-5)
+    np.testing.assert_allclose(models.forward(model, X)(X), models.inference(model)(X), atol=1e-5)
+
+
+# ── What is random ──
+
+
+@keras.saving.register_keras_serializable("tests")
+class Noise(layers.Layer):
+    """Always adds noise, from a source that a graph would freeze or from one that draws anew in a graph too."""
+
+    def __init__(self, source, **options):
+        super().__init__(**options)
+        self.source, self.seeds = source, keras.random.SeedGenerator(0)
+
+    def call(self, x):
+        return x + SOURCES[self.source](x, self.seeds)
+
+
+SOURCES = {
+    "numpy": lambda x, seeds: np.random.normal(size=(1, *x.shape[1:])).astype("float32"),  # noqa: NPY002
+    "python": lambda x, seeds: random.gauss(),
+    "tensorflow": lambda x, seeds: tf.random.normal(tf.shape(x)),
+    "keras": lambda x, seeds: keras.random.normal(tf.shape(x), seed=seeds),
+    "generator": lambda x, seeds: GENERATOR.normal(tf.shape(x)),
+    "coin": lambda x, seeds: float(next(COIN)),
+}
+GENERATOR, COIN = tf.random.Generator.from_seed(0), itertools.cycle([0, 0, 1])
+sources = pytest.mark.parametrize("source", SOURCES)
+
+
+def noisy_network(source):
+    keras.utils.set_random_seed(0)
+    return keras.Sequential([layers.Input((6, 6, 1)), Noise(source), layers.Flatten(), layers.Dense(3)])
+
+
+def noisy_function(source):
+    network = noisy_network(source)
+    return lambda x: network(x, training=False)
+
+
+class Voter:
+    def __init__(self, source, **said):
+        self.network = noisy_network(source)
+        vars(self).update(said)
+
+    def logits(self, x):
+        return self.network(x, training=False)
+
+
+@sources
+def test_a_random_function_answers_anew(source):
+    network = noisy_network(source)
+    network.randomised = True
+    for model in (noisy_function(source), Voter(source).logits, Voter(source, randomised=True).logits, network):
+        answers = [models.predict(model, X, 5) for _ in range(3)]
+        assert any(np.abs(answer - answers[0]).max() > 1e-2 for answer in answers), "frozen in a graph"
+        models.check_logits(model, X)
+
+
+@sources
+@pytest.mark.parametrize("door", [models.check_logits, lambda model, x: models.predict(model, x, 5)])
+def test_a_random_network_has_to_say_so(source, door):
+    lying = noisy_function(source)
+    lying.randomised = False
+    for model in (noisy_network(source), lying, Voter(source, randomised=False).logits):
+        with pytest.raises(ValueError, match="model answers differently .* or an attribute `randomised = True`"):
+            door(model, X)
+
+
+def test_what_says_that_it_is_not_random_becomes_a_graph():
+    traces = []
+
+    def model(x):
+        traces.append(x.shape)
+        return tf.reshape(x, (-1, 36))[:, :3]
+
+    models.predict(model, X, 5)
+    models.predict(model, X, 5)
+    assert len(traces) == 2, "called, not traced"
+    model.randomised = False
+    models.predict(model, X, 5)
+    steady = len(traces)
+    np.testing.assert_array_equal(models.predict(model, X, 5), X.reshape(5, -1)[:, :3])
+    assert len(traces) == steady, "traced once"
+
+
+def test_a_part_of_a_random_network_is_random():
+    network = noisy_network("numpy")
+    assert not models.part(network, network.layers[-1].input).randomised
+    network.randomised = True
+    assert models.part(network, network.layers[-1].input).randomised
 
 
 def test_a_graph_of_its_own_is_not_merged_into_its_caller():
@@ -144,6 +242,76 @@ def test_other_weights_have_another_file(tmp_path):
     *others, last = model.get_weights()
     model.set_weights([*others, last + 1e-6])
     assert models.save(model, tmp_path) != name and len(list(tmp_path.iterdir())) == 2
+
+
+def convolution(name=None, activation="relu", strides=1, padding="same"):
+    keras.utils.set_random_seed(0)
+    return keras.Sequential([layers.Input((6, 6, 1)), layers.Conv2D(2, 3, strides, padding, activation=activation),
+                             layers.GlobalAveragePooling2D(), layers.Dense(3)], name=name)  # fmt: skip
+
+
+def residual(skip=True):
+    keras.utils.set_random_seed(0)
+    image = layers.Input((6, 6, 1))
+    hidden = layers.Conv2D(2, 3, padding="same")(image)
+    again = layers.Conv2D(2, 3, padding="same")(hidden)
+    joined = layers.Add()([hidden if skip else again, again])
+    return keras.Model(image, layers.Dense(3)(layers.Flatten()(joined)))
+
+
+OTHERS = {  # pairs of networks with the same kinds of layers and the same weights
+    "dropout": [lambda rate=rate: models.two_conv((6, 6, 1), 3, dropout=rate) for rate in (0.1, 0.5)],
+    "activation": [lambda name=name: convolution(activation=name) for name in ("relu", "tanh")],
+    "strides": [lambda strides=strides: convolution(strides=strides) for strides in (1, 2)],
+    "padding": [lambda padding=padding: convolution(padding=padding) for padding in ("same", "valid")],
+    "momentum": [lambda m=m: normalised(m) for m in (0.9, 0.8)],
+    "connections": [lambda skip=skip: residual(skip) for skip in (True, False)],
+    "nested": [lambda name=name: keras.Sequential([layers.Input((6, 6, 1)), convolution(activation=name)])
+               for name in ("relu", "tanh")],
+    "filter": [lambda size=size: filters.defend(convolution(), "median", size) for size in (3, 5)],
+    "filter's gradient": [lambda kind=kind: filters.defend(convolution(), "median", 3, kind)
+                          for kind in ("exact", "identity")],
+    "precision": [lambda kind=kind: keras.Sequential([layers.Input((6, 6, 1)), layers.Flatten(),
+                                                      layers.Dense(3, "relu", dtype=kind, kernel_initializer="ones")])
+                  for kind in ("float32", "mixed_bfloat16")],
+}  # fmt: skip
+
+
+def normalised(momentum):
+    return keras.Sequential([convolution(), layers.BatchNormalization(momentum=momentum)])
+
+
+@pytest.mark.parametrize("pair", OTHERS.values(), ids=OTHERS)
+def test_another_network_with_the_same_weights_has_another_file(pair, tmp_path):
+    one, other = (build() for build in pair)
+    for ours, theirs in zip(one.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert models.save(one, tmp_path) != models.save(other, tmp_path)
+    for model in (one, other):
+        models.load(tmp_path / models.save(model, tmp_path))  # which compares the name
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("build", [build for build, _ in OTHERS.values()], ids=OTHERS)
+def test_a_network_that_is_built_again_has_the_same_file(build):
+    model, again = build(), build()  # Keras numbers the layers of a process: the names differ
+    assert model.to_json() != again.to_json() and models.digest(model) == models.digest(again)
+
+
+def test_the_file_name_does_not_change_with_training_or_the_process(tmp_path):
+    model, name = convolution(), models.digest(convolution())
+    model.compile("adam", "mse")
+    model.trainable = False
+    models.load(tmp_path / models.save(model, tmp_path))
+    assert models.digest(model) == name == models.digest(convolution("named by hand"))
+    outer = keras.Sequential([layers.Input((6, 6, 1)), model])
+    assert models.digest(outer) == models.digest(keras.Sequential([layers.Input((6, 6, 1)), convolution()]))
+    code = """from test_models import convolution, models
+print(models.digest(convolution()))"""
+    environment = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, capture_output=True,
+                          text=True, check=True)  # fmt: skip
+    assert done.stdout.split()[-1] == name
 
 
 def test_damaged_missing_and_swapped_files_are_named(tmp_path):
