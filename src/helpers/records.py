@@ -21,7 +21,8 @@ from helpers import __version__, files
 from helpers.profiles import PROFILES, known
 from helpers.units import PACKAGES, earlier_seconds, versions
 
-_VERDICTS = ("reproduced", "direction", "not-reproduced", "not-testable")
+_VERDICTS = ("reproduced", "undecided", "direction", "not-reproduced", "not-testable")  # from the best to the worst
+_FACTOR = 3  # a rate that is so many times the paper's, or a part of it, has not even its direction
 Verdict = Literal[_VERDICTS]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -36,6 +37,7 @@ class _Strict(BaseModel, strict=True, extra="forbid", validate_assignment=True):
 class Claim(_Strict):
     """A number or a statement of a paper that can be checked; `value` is a dictionary where it has several columns.
 
+    `rate`: whether the value is a share, for which "direction" asks for a like size.
     `section`: the heading, in the paper's chapter, below which ours is shown.
     """
 
@@ -45,6 +47,7 @@ class Claim(_Strict):
     kind: Literal["number", "order", "choice", "shown"]
     value: Finite | dict[str, Finite] | None
     tolerance: Finite = 0.0
+    rate: bool = False
     section: str = "The paper and ours, side by side"
 
 
@@ -55,6 +58,11 @@ class Measurement(_Strict):
     sd: Finite
     n: int
     values: list[Finite]
+
+    @property
+    def error(self):
+        """Standard error of the mean; 0 for one value, which says nothing about its own."""
+        return self.sd / self.n**0.5
 
     def __str__(self):
         return f"{self.mean:.4g} ± {self.sd:.2g} (n = {self.n})" if self.n > 1 else f"{self.mean:.4g} (n = 1)"
@@ -207,9 +215,10 @@ class Record(_Strict):
     def claim(self, id: str, values, note="", direction: bool | None = None, choice_tie=False) -> Verdict:
         """Add our `values` of a claim, one a seed (by column where the paper has several), and return the verdict.
 
-        number: reproduced within the claim's tolerance, or (`compare` says so) within 2 sd of our mean where n >= 3;
-        else `direction` says whether the effect has the paper's sign. order: values are differences, positive where
-        the statement holds; reproduced beyond 2 standard errors. choice: what each seed selected; `choice_tie` says
+        number: reproduced where the mean of the seeds is within the claim's tolerance; undecided, more seeds, where it
+        is not and the tolerance reaches into mean +- 2 standard errors; else `direction` says whether the effect has
+        the paper's sign, for a rate within a factor of three. order: values are differences, positive where the
+        statement holds; reproduced beyond 2 standard errors. choice: what each seed selected; `choice_tie` says
         that the paper's choice is as good within one standard error. shown: `direction` says whether the statement
         holds. `values=None`: it cannot be tested, and `note` says why. The worst column counts; the profile smoke
         tests nothing.
@@ -228,7 +237,8 @@ class Record(_Strict):
             raise ValueError(f"values: got {sorted(parts)}, expected the columns {sorted(papers)} of {id!r}")
         ours = {part: _measure(seeds) for part, seeds in parts.items()}
         ranks = [_judge(claim, ours[part], papers[part], direction, choice_tie) for part in ours]
-        verdict = _VERDICTS[max(ranks) if ranks and self.profile != "smoke" else 3]  # smoke is never a reproduction
+        verdict = max(ranks, key=_VERDICTS.index) if ranks else "not-testable"
+        verdict = "not-testable" if self.profile == "smoke" else verdict  # which is never a reproduction
         self.claims.append(Outcome(id=id, ours=ours.get("", ours or None), note=note, verdict=verdict))
         return verdict
 
@@ -288,6 +298,19 @@ class Record(_Strict):
         """Return the record in a file. Raises ValueError when it does not follow the schema."""
         return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
 
+    def judged_again(self) -> "Record":
+        """Return the same record with the verdicts on numbers that today's rules give to its values."""
+        every, again = claims(), self.model_copy(deep=True)
+        for outcome in again.claims:
+            claim = every[outcome.id]
+            if claim.kind == "number" and outcome.ours and outcome.verdict != "not-testable":
+                parts = outcome.ours if isinstance(outcome.ours, dict) else {"": outcome.ours}
+                papers = claim.value if isinstance(claim.value, dict) else {"": claim.value}
+                direction = outcome.verdict != "not-reproduced"  # what was reproduced had the paper's sign
+                ranks = [_judge(claim, parts[part], papers[part], direction, False) for part in parts]
+                outcome.verdict = max(ranks, key=_VERDICTS.index)
+        return again
+
     def comparison(self) -> pd.DataFrame:
         """Return `compare` of this record's claims."""
         return compare({outcome.id: outcome for outcome in self.claims},
@@ -303,29 +326,37 @@ def _measure(values):
 
 
 def _judge(claim, ours, paper, direction, choice_tie):
-    """Return the place in `_VERDICTS` of one measurement; `Record.claim` and claims.yml state the rules."""
+    """Return the verdict on one measurement; `Record.claim` and claims.yml state the rules."""
     if claim.kind == "shown":
         if direction is None:
             raise ValueError(f"direction: {claim.id!r} is of kind 'shown', expected True or False")
-        return 0 if direction else 2
+        return "reproduced" if direction else "not-reproduced"
     if claim.kind == "choice":
-        return 0 if choice_tie or np.allclose(ours.values, paper) else 2
+        return "reproduced" if choice_tie or np.allclose(ours.values, paper) else "not-reproduced"
     if claim.kind == "order":
-        return 2 if ours.mean <= 0 else 0 if ours.n >= 2 and ours.mean > 2 * ours.sd / ours.n**0.5 else 1
-    margin = max(claim.tolerance, 2 * ours.sd if ours.n >= 3 else 0)
-    if _off(ours.mean, paper) <= margin:
-        return 1 if claim.id[:2] in _SUBSTITUTED else 0
-    return 1 if direction else 2
+        sure = ours.n >= 2 and ours.mean > 2 * ours.error
+        return "not-reproduced" if ours.mean <= 0 else "reproduced" if sure else "direction"
+    off, substituted = _off(ours.mean, paper), claim.id[:2] in _SUBSTITUTED
+    if claim.rate and not paper / _FACTOR < ours.mean < paper * _FACTOR:
+        direction = False
+    if off <= claim.tolerance:
+        return "direction" if substituted else "reproduced"
+    if substituted and direction:  # which is the most that it can be
+        return "direction"
+    if off <= claim.tolerance + 2 * ours.error:
+        return "undecided"
+    return "direction" if direction else "not-reproduced"
 
 
 def _distance(claim, ours, paper):
-    """How far a number is from the paper's. A wide spread makes it easy to agree: the reader has to see that."""
+    """How far a number is from the paper's, and for an undecided one how sure that is."""
     off, where = _off(ours.mean, paper), " on other data than the paper's" if claim.id[:2] in _SUBSTITUTED else ""
     text = f"off by {max(off, 0):.3g}{where}, tolerance {claim.tolerance:g}"
-    if not claim.tolerance < off <= 2 * ours.sd or ours.n < 3:
+    if not claim.tolerance < off <= claim.tolerance + 2 * ours.error:
         return text
     near = sum(_off(value, paper) <= claim.tolerance for value in ours.values)
-    return f"{text}: within 2 sd of our seeds, {near or 'none'} of the {ours.n} within the tolerance"
+    return (f"{text}, two standard errors {2 * ours.error:.3g}; "
+            f"{near or 'none'} of the {ours.n} seeds within the tolerance")
 
 
 def _off(value, paper):

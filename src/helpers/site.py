@@ -92,8 +92,9 @@ def _with_figures(page, folder, chapter):
 
 
 def _kept(book):
-    """The committed records by chapter."""
-    return {record.chapter: record for record in map(Record.load, sorted(book.root.glob("book/results/*/paper.json")))}
+    """The committed records by chapter, judged by today's rules."""
+    records = map(Record.load, sorted(book.root.glob("book/results/*/paper.json")))
+    return {record.chapter: record.judged_again() for record in records}
 
 
 def ledger(book: Book) -> pd.DataFrame:
@@ -193,7 +194,9 @@ def stage(book: Book) -> None:
 def _stage_chapter(book, chapter, stage, pages):
     """Write a chapter's page and downloads; return the record that goes with it, None where it shows no results."""
     found, downloads = book.shown(chapter), stage / "book/downloads"
-    page, record = (_page(book, chapter, found[0]), Record.load(found[1])) if found else (book.source(chapter), None)
+    page, record = book.source(chapter), None
+    if found:
+        page, record = _page(book, chapter, found[0]), Record.load(found[1]).judged_again()
     nbformat.write(page, downloads / f"{chapter}.ipynb")
     if record:
         (downloads / f"{chapter}.json").write_text(record.model_dump_json(indent=1), encoding="utf-8")

@@ -233,7 +233,8 @@ def test_every_number_of_the_ledger_is_in_a_committed_record_and_its_section_in_
     book = Book(ROOT, tmp_path)
     frame, known = ledger(book), claims()
     assert set(frame["Claim"]) == set(known)
-    kept = {record.chapter[:2]: record for record in map(Record.load, ROOT.glob("book/results/*/paper.json"))}
+    kept = {record.chapter[:2]: record.judged_again()
+            for record in map(Record.load, ROOT.glob("book/results/*/paper.json"))}
     assert kept
     for row in frame.to_dict("records"):
         record = kept.get(row["Claim"][:2])
@@ -274,7 +275,8 @@ def test_what_is_left_is_read_from_the_records_and_less_than_the_weak_attack_lea
 def test_the_index_says_what_its_first_figure_finds(tmp_path):
     book = Book(ROOT, tmp_path)
     stage(book)
-    verdicts = dict.fromkeys(["reproduced", "direction", "not-reproduced", "not-testable", "no record yet"], 0)
+    verdicts = dict.fromkeys(
+        ["reproduced", "undecided", "direction", "not-reproduced", "not-testable", "no record yet"], 0)
     verdicts |= ledger(book).drop_duplicates("Claim")["Verdict"].value_counts()
     text = (tmp_path / "stage/book/index.md").read_text()
     (found,) = re.findall(r"at-a-glance\.png\n:alt: (.*)\n:name: ", text)
