@@ -14,14 +14,14 @@ CHAPTERS := $(foreach name,$(CHAPTER),--chapter $(name))
 
 export PYTHONUTF8 := 1
 ifneq ($(HELPERS_DATA),)
-export HELPERS_DATA := $(abspath $(HELPERS_DATA))
+export HELPERS_DATA := $(if $(filter /%,$(HELPERS_DATA)),,$(CURDIR)/)$(HELPERS_DATA)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help book site test paper bench soak lint clean
+.PHONY: help book site test paper bench soak lint address clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 book: $(READY) ## execute the chapters and render the site [PROFILE=smoke|quick|paper SHOW=auto|run CHAPTER=02]
 	@$(HELPERS) book --profile $(PROFILE) --show $(SHOW) $(CHAPTERS)
@@ -47,6 +47,9 @@ lint: $(READY) ## check style, spelling, notebooks without outputs and the workf
 	@$(BIN)/codespell
 	@$(BIN)/nbstripout --keep-id --verify notebooks/*.ipynb
 	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+
+address: $(READY) ## write the repository's address to all files that name it [URL=https://github.com/me/repo]
+	@$(HELPERS) address "$(URL)"
 
 clean: ## remove what was made, except .venv and what paper runs go on from: _build/units, and the files they name
 	@[ ! -d _build ] || find _build -mindepth 1 -maxdepth 1 \

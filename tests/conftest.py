@@ -11,9 +11,10 @@ import nbformat
 import pytest
 from filelock import FileLock
 from joblib import cpu_count
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from helpers.book import Book
+from helpers.records import Record
 
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)  # the same examples on every machine
 hypothesis.settings.load_profile("steady")
@@ -25,6 +26,11 @@ record = Record.start("02_tiny", PROFILE, {})
 record.claim("02.sec4.train_accuracy", [0.9, 0.91, 0.92])
 record.save()"""
 
+FIGURE = """from IPython.display import display
+pixel = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
+about = {"alt": 'It falls: from "0.9" to 0.1 # really', "caption": "A **caption**."}
+display({"image/png": pixel}, raw=True, metadata={"image/png": about})
+display({"text/markdown": "Text after the figure."}, raw=True)"""
 
 def command(*arguments, cwd, **environment):
     """Run `python -m helpers ...` in a checkout and return the finished process."""
@@ -83,12 +89,27 @@ def testrun_workers(request):
     return getattr(request.config, "workerinput", {}).get("workercount", 1)
 
 
+def commit(book, printed="the paper run", profile="paper"):
+    """Give a tiny checkout a committed copy with one printed line, and a record that says `profile`."""
+    executed, record = book.committed("02_tiny")
+    notebook = book.source("02_tiny")
+    notebook.cells[-1].outputs = [new_output("stream", name="stdout", text=printed)]
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, executed)
+    found = Record.start("02_tiny", profile, {})
+    found.provenance.seconds = 4035.0
+    found.claim("02.sec4.test_accuracy", [0.9893, 0.9890, 0.9894], note="as printed")
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(found.model_dump_json())
+    return found
+
+
 @pytest.fixture
 def tiny(tmp_path):
     """Make a checkout with one chapter: call it with the sources of the code cells; a second call adds a chapter."""
 
-    def make(*sources, name="02_tiny", **settings):
-        root = tmp_path / "checkout"
+    def make(*sources, name="02_tiny", folder=".", **settings):
+        root = tmp_path / folder / "checkout"
         if not root.exists():
             (root / "notebooks").mkdir(parents=True)
             (root / "book").mkdir()

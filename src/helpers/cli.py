@@ -1,5 +1,6 @@
 """The command line, `python -m helpers`: the Makefile's targets are thin names for it."""
 
+import os
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,7 @@ import click
 from filelock import FileLock, Timeout
 
 from helpers import __version__, execution, files, site
+from helpers.address import move
 from helpers.book import Book, BookError
 from helpers.profiles import PROFILES
 
@@ -78,6 +80,14 @@ def paper(chapters):
 
 
 @main.command()
+@click.argument("url")
+def address(url):
+    """Write the repository's address, https://github.com/<owner>/<name>, to all files that name it."""
+    for path in move(_checkout().root, url):
+        click.echo(f"written: {path}")
+
+
+@main.command()
 def status():
     """Show the last run of each chapter on this machine."""
     _print_runs(_checkout())
@@ -86,7 +96,13 @@ def status():
 def _checkout(profile="smoke", show="auto"):
     if not Path("_config.yml").exists():
         raise BookError(f"no _config.yml in {Path.cwd()}: run this in the folder of the book's checkout")
-    return Book(Path.cwd(), files.output().resolve(), profile, show)
+    this = Book(Path.cwd(), files.output().resolve(), profile, show)
+    os.environ["PYTHONUTF8"] = "1"  # of all that is started from here, whatever the locale
+    try:
+        Path.home()
+    except RuntimeError:  # as in a container, for a user that it does not know
+        os.environ["HOME"] = str(this.output / "home")
+    return this
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import pandas as pd
 import yaml
 from docutils.nodes import make_id
 
+from helpers.address import is_set
 from helpers.book import Book, BookError, code_cells, same_code, written
 from helpers.execution import failures, status
 from helpers.files import atomic
@@ -172,8 +173,8 @@ def stage(book: Book) -> None:
     shutil.rmtree(stage, ignore_errors=True)
     unshown = shutil.ignore_patterns("executed", "results", "*.jinja")
     shutil.copytree(book.root / "book", stage / "book", ignore=unshown)
-    for name in ("_config.yml", "_toc.yml"):
-        shutil.copy(book.root / name, stage)
+    shutil.copy(book.root / "_toc.yml", stage)
+    (stage / "_config.yml").write_text(_config(book), encoding="utf-8")
     for name in ("notebooks", "book/downloads"):
         (stage / name).mkdir()
     pages = jinja2.Environment(loader=jinja2.FileSystemLoader(book.root / "book"), trim_blocks=True, autoescape=True)
@@ -184,11 +185,23 @@ def stage(book: Book) -> None:
     data = {"ledger": frame.to_dict("records"), "counts": _at_a_glance(frame, stage), "shown": shown,
             "changed": {chapter: book.changed(*book.shown(chapter)) for chapter in shown if shown[chapter]},
             "stale": [chapter for chapter in _kept(book) if book.changed(*book.committed(chapter))],
-            "kept": _kept(book), "left": what_is_left(book), "runs": status(book), "failures": failures(book)}
+            "kept": _kept(book), "left": what_is_left(book), "runs": status(book), "failures": failures(book),
+            "has_address": is_set(book.root)}
     _left_standing(data["left"], stage)
     for name in ("index.md", "ledger.md", "status.md"):
         text = pages.get_template(f"{name}.jinja").render(data)
         (stage / "book" / name).write_text(text, encoding="utf-8")
+
+
+def _config(book):
+    """The text of _config.yml; as long as the repository has no address, without the buttons that lead there."""
+    text = (book.root / "_config.yml").read_text(encoding="utf-8")
+    if is_set(book.root):
+        return text
+    config = {name: part for name, part in yaml.safe_load(text).items() if name not in ("repository", "launch_buttons")}
+    buttons = {"repository_url": "", "launch_buttons": {}, "use_repository_button": False, "use_issues_button": False}
+    config["sphinx"]["config"]["html_theme_options"] |= buttons
+    return yaml.safe_dump(config, sort_keys=False)
 
 
 def _stage_chapter(book, chapter, stage, pages):

@@ -24,8 +24,8 @@ from helpers import files
 
 PACKAGES = ("numpy", "scipy", "scikit-learn", "scikit-image", "tensorflow", "keras")  # which may change a result
 _EARLIER = {}  # path of a unit: seconds, shared among the cores, that an earlier run spent on it
-_NO_COMPUTE = {"__init__", "__main__", "book", "cli", "execution", "figures", "files", "profiles", "records", "site",
-               "units"}
+_NO_COMPUTE = {"__init__", "__main__", "address", "book", "cli", "execution", "figures", "files", "profiles", "records",
+               "site", "units"}
 
 
 def run(function, grid, *, folder, n_jobs=None, label="", data=None) -> list[dict]:

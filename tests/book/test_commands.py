@@ -46,7 +46,7 @@ def checkout(tmp_path):
 def test_make_lists_its_targets():
     listed = make(cwd=ROOT).stdout.splitlines()
     assert [line.split()[1] for line in listed] == [
-        "help", "book", "site", "test", "paper", "bench", "soak", "lint", "clean"]
+        "help", "book", "site", "test", "paper", "bench", "soak", "lint", "address", "clean"]
 
 
 def test_set_up_is_from_the_lock_with_hashes_and_done_once(checkout, tmp_path):

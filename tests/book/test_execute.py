@@ -1,6 +1,7 @@
 """Executing chapters: what fails says where, and leaves nothing that looks finished."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import time
 import nbformat
 import psutil
 import pytest
-from conftest import RECORD, command
+from conftest import FIGURE, RECORD, command, commit
 from joblib import cpu_count
 
 from helpers import execution
@@ -219,3 +220,71 @@ def test_a_failing_chapter_fails_the_command(tiny):
     assert done.returncode == 1
     assert "02_tiny, profile smoke: cell 3 `1 / 0`: ZeroDivisionError: division by zero" in done.stderr
     assert "Traceback" not in done.stderr and f"The book is at {book.output / 'html/index.html'}" in done.stdout
+
+
+def start(book, *arguments, **environment):
+    """A command that runs while the test goes on."""
+    return subprocess.Popen([sys.executable, "-m", "helpers", *arguments], cwd=book.root, text=True,
+                            env=os.environ | {"HELPERS_OUTPUT": str(book.output)} | environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_two_commands_in_one_folder_take_turns(tiny):
+    book = tiny(RECORD)
+    said = [command.communicate() for command in [start(book, "book") for _ in range(2)]]
+    assert all(f"The book is at {book.output / 'html/index.html'}" in out for out, _ in said)
+    assert sum(f"another command is at work in {book.output}: waiting" in error for _, error in said) == 1
+    assert all("Error" not in error for _, error in said)
+
+
+def test_a_command_that_was_killed_keeps_no_other_waiting(tiny, tmp_path):
+    started = tmp_path / "started"
+    book = tiny(f"import pathlib, time\npathlib.Path({str(started)!r}).touch()\ntime.sleep(100)")
+    first = start(book, "run")
+    while not started.exists() and first.poll() is None:
+        time.sleep(0.1)
+    tiny(RECORD)
+    second = start(book, "run")
+    assert "waiting for its end" in second.stderr.readline()
+    first.kill()
+    assert second.wait(60) == 0 and first.wait() and [run.chapter for run in status(book)] == ["02_tiny"]
+
+
+def test_kernels_that_start_at_once_cannot_take_the_same_port(tiny, tmp_path, monkeypatch):
+    long = tmp_path / ("temporary" * 12)  # a socket's name may have 100 characters
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    book = tiny("import json\nfrom ipykernel.connect import get_connection_info",
+                "assert json.loads(get_connection_info())['transport'] == 'ipc'", RECORD)
+    execute(book, book.chapters())
+
+
+def test_without_a_terminal_progress_is_a_line_a_cell(tiny):
+    book = tiny("x = 1", RECORD)
+    done = command("run", cwd=book.root, HELPERS_OUTPUT=str(book.output))
+    lines = [line for line in done.stderr.splitlines() if "[smoke]" in line]
+    assert [re.fullmatch(r"02_tiny \[smoke\]: cell (\d) of 5, \d+ s", line)[1] for line in lines] == [*"012345"]
+
+
+ODD = "a folder with ä and 'quote"
+
+
+@pytest.mark.parametrize("variables", [
+    {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"HOME": "/proc"}, {}],
+    ids=["no locale", "read-only home", "odd path"])
+def test_an_odd_environment(tiny, tmp_path, variables):
+    book = tiny(RECORD, FIGURE, "print('ε')", folder=ODD)
+    commit(book)
+    done = command("book", "--show", "run", cwd=book.root, HELPERS_OUTPUT=str(tmp_path / ODD / "output"), **variables)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_user_without_a_home(tiny):
+    """Neither HOME nor an entry in the list of users, as in many containers."""
+    book = tiny("from pathlib import Path", "Path.home()", RECORD)
+    nobody = ("import pwd, runpy, sys\ndef nobody(_): raise KeyError\npwd.getpwuid = nobody\n"
+              "sys.argv[1:] = ['book']\nrunpy.run_module('helpers', run_name='__main__', alter_sys=True)")
+    variables = {name: value for name, value in os.environ.items() if name != "HOME"}
+    done = subprocess.run([sys.executable, "-c", nobody], cwd=book.root, capture_output=True, text=True,
+                          env=variables | {"HELPERS_OUTPUT": str(book.output)})
+    assert done.returncode == 0, done.stderr

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from helpers.address import is_set
 from helpers.execution import status
 from helpers.records import Record, claims
 
@@ -158,13 +159,14 @@ def test_chapters_have_card_downloads_and_a_way_to_colab(site, folder, pages):
     name = repository["url"].removeprefix("https://github.com/")
     colab = f"https://colab.research.google.com/github/{name}/blob/{repository['branch']}/notebooks"
     assert site.chapters()
+    assert not [link for page in pages.values() for link in page.links if "/OWNER/" in link]
     for chapter in site.chapters():
         path = folder / f"notebooks/{chapter}.html"
         text, links = path.read_text(), pages[path].links
         record = Record.load(site.committed(chapter)[1])
         assert f"Profile shown: {record.profile}." in text and "chapter-card" in text
         assert record.created[:10] in text and record.provenance.device in text
-        assert f"{colab}/{chapter}.ipynb" in links
+        assert (f"{colab}/{chapter}.ipynb" in links) == is_set(ROOT)
         for suffix in ("ipynb", "json", "csv"):
             assert any(link.endswith(f"{chapter}.{suffix}") for link in links)
         assert Record.load(next(folder.glob(f"_downloads/*/{chapter}.json"))) == record

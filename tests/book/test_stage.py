@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import RECORD, ROOT, command
+from conftest import FIGURE, RECORD, ROOT, command, commit
 from nbformat.v4 import new_output
 
 from helpers import flags
@@ -19,12 +19,6 @@ from helpers.book import Book, BookError
 from helpers.execution import execute
 from helpers.records import Record, claims
 from helpers.site import MAX_BYTES, build, ledger, publish, stage, what_is_left
-
-FIGURE = """from IPython.display import display
-pixel = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
-about = {"alt": 'It falls: from "0.9" to 0.1 # really', "caption": "A **caption**."}
-display({"image/png": pixel}, raw=True, metadata={"image/png": about})
-display({"text/markdown": "Text after the figure."}, raw=True)"""
 
 
 def page(book, chapter="02_tiny"):
@@ -36,21 +30,6 @@ def page(book, chapter="02_tiny"):
 def text(notebook):
     """Everything in a notebook as one string."""
     return nbformat.writes(notebook)
-
-
-def commit(book, printed="the paper run", profile="paper"):
-    """Give a tiny checkout a committed copy with one printed line, and a record that says `profile`."""
-    executed, record = book.committed("02_tiny")
-    notebook = book.source("02_tiny")
-    notebook.cells[-1].outputs = [new_output("stream", name="stdout", text=printed)]
-    executed.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(notebook, executed)
-    found = Record.start("02_tiny", profile, {})
-    found.provenance.seconds = 4035.0
-    found.claim("02.sec4.test_accuracy", [0.9893, 0.9890, 0.9894], note="as printed")
-    record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(found.model_dump_json())
-    return found
 
 
 def test_what_each_choice_shows(tiny):
