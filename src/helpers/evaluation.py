@@ -106,9 +106,8 @@ def sanity_checks(model, x, y, threat, *, surrogate=None, steps=40, queries=300,
     strong = run()
     rate, clean = success(strong), 1 - correct(model, x, y).mean()
     tolerance = 2 * np.sqrt(max(rate * (1 - rate), 1 / len(x)) / len(x))
-    noise, single = threat.random_start(x, (seed, 10**6)), run(steps=1, restarts=1)  # not PGD's own start
+    noise, single = threat.noise(x, (seed, 10**6)), run(steps=1, restarts=1)  # not PGD's own start
     if threat.norm == "linf":
-        noise = np.clip(x + threat.eps * np.sign(noise - x), *threat.bounds).astype("float32")
         single = attacks.fgsm(model, x, y, threat.eps, bounds=threat.bounds)
     largest = diameter(x.shape[1:], threat.norm, threat.bounds)
     far = run(eps=largest, steps=4 * steps, compact=True)  # the way is long, and may begin where all looks alike
