@@ -16,7 +16,7 @@ from PIL import Image
 from skimage import data as images_of_skimage
 from skimage.transform import resize
 from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 from sklearn.utils import resample
 
 from helpers import files
@@ -32,9 +32,10 @@ pooch.get_logger().setLevel("WARNING")  # its messages would leave the reader's 
 class Dataset:
     """Images and labels of one data set, ready for a network, with where they came from.
 
-    x_*, y_* : float32 (n, height, width, channels) in [0, 1], int64 (n,) indices into `class_names`; n may be 0.
+    x_*, y_* : float32 (n, height, width, channels) in [0, 1], int64 (n,) indices into `class_names`; n may be 0. There
+        is a part "val", for validation, after `split`.
     source, sha256 : "embedded", "mirror", "cache" or "download"; of the mirror's file, or else of the arrays' bytes.
-    extra : what else the source tells; arrays whose key ends in `_train` or `_test` hold one entry an image.
+    extra : what else the source tells; arrays whose key ends in `_train`, `_val` or `_test` hold one entry an image.
     """
 
     name: str
@@ -46,6 +47,8 @@ class Dataset:
     source: str
     sha256: str
     extra: dict
+    x_val: np.ndarray | None = None
+    y_val: np.ndarray | None = None
 
     def __repr__(self):
         return f"<{self.name}: {len(self.x_train)} + {len(self.x_test)} images {self.x_test.shape[1:]}, {self.source}>"
@@ -65,6 +68,32 @@ class Dataset:
                 changes |= {key: getattr(self, key)[rows] for key in (f"x_{part}", f"y_{part}")}
                 extra |= {key: value[rows] for key, value in extra.items() if key.endswith(f"_{part}")}
         return replace(self, **changes, extra=extra)
+
+    def split(self, n_val: int | None = None, *, folds: int | None = None, seed: int = 0) -> "Dataset":
+        """Return the set with some of its training images set aside for validation, as `x_val` and `y_val`.
+
+        n_val : so many, in the same class proportions up to rounding. folds : instead of it, the first of so many
+        stratified folds, in which the images of one group (`extra["group_train"]`) stay together.
+        The same `seed` sets the same images aside. Raises ValueError unless both parts have images of every class.
+        """
+        y, k = self.y_train, len(self.class_names)
+        rows = np.arange(len(y))
+        if (n_val is None) == (folds is None):
+            raise ValueError(f"n_val is {n_val} and folds is {folds}; expected one of the two")
+        if folds is not None:
+            folds = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+            kept, held = next(folds.split(rows, y, self.extra.get("group_train", rows)))
+        elif k <= n_val <= len(y) - k:
+            kept, held = train_test_split(rows, test_size=n_val, stratify=y, random_state=seed)
+        else:
+            raise ValueError(f"n_val is {n_val}; expected {k} to {len(y) - k}, since {self.name} has {k} classes")
+        if lost := sorted(set(range(k)) - (set(y[kept].tolist()) & set(y[held].tolist()))):
+            raise ValueError(f"{self.name}: the classes {lost} are missing in one part; expected more images to split")
+        extra = dict(self.extra)
+        for name in [name.removesuffix("_train") for name in extra if name.endswith("_train")]:
+            extra |= {f"{name}_train": extra[f"{name}_train"][kept], f"{name}_val": self.extra[f"{name}_train"][held]}
+        return replace(self, x_train=self.x_train[kept], y_train=y[kept], x_val=self.x_train[held], y_val=y[held],
+                       extra=extra)
 
     def provenance(self) -> dict:
         """Return what a result record keeps of the data."""

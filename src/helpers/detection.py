@@ -12,6 +12,7 @@ from sklearn.preprocessing import StandardScaler
 
 from helpers import closeness, uncertainty
 from helpers.models import inference
+from helpers.threat import noise
 
 FEATURES = (*uncertainty.METRICS, "KDE", "KL")
 
@@ -31,9 +32,7 @@ def features(model, x, near, *, draws=50, seed=0):
 
 def noisy(x, x_adv, seed=0):
     """Images `x` with Gaussian noise of the length (L2) of each one's adversarial change, clipped to [0, 1]."""
-    noise = np.random.default_rng(seed).standard_normal(x.shape)
-    length = np.linalg.norm((x_adv - x).reshape(len(x), -1), axis=1) / np.linalg.norm(noise.reshape(len(x), -1), axis=1)
-    return np.clip(x + noise * length.reshape(-1, 1, 1, 1), 0, 1).astype("float32")
+    return noise(x, "l2", np.linalg.norm((x_adv - x).reshape(len(x), -1), axis=1), seed=seed)
 
 
 @dataclass(frozen=True)

@@ -129,9 +129,8 @@ def sanity_checks(model, x, y, threat, *, surrogate=None, steps=40, queries=300,
     strong = run()
     assert threat.contains(strong, x).all(), "the attack leaves the ball or the range of pixels"
     assert np.array_equal(run(eps=0.0, steps=2), x), "the attack changes pixels at eps = 0"
-    beaten, noise, single = success(strong), threat.random_start(x, (seed, 10**6)), run(steps=1, restarts=1)
+    beaten, noise, single = success(strong), threat.noise(x, (seed, 10**6)), run(steps=1, restarts=1)
     if threat.norm == "linf":
-        noise = np.clip(x + threat.eps * np.sign(noise - x), *threat.bounds).astype("float32")
         single = attacks.fgsm(model, x, y, threat.eps, bounds=threat.bounds)
     largest = diameter(x.shape[1:], threat.norm, threat.bounds)
     far = run(eps=largest, steps=4 * steps, compact=True)  # the way is long, and may begin where all looks alike

@@ -47,9 +47,12 @@ class ThreatModel:
             delta = rng.uniform(-self.eps, self.eps, x.shape)
         else:  # a direction from the normal distribution, a radius with density r^(d-1)
             delta = rng.standard_normal(x.shape)
-            radius = self.eps * rng.uniform(size=len(x)) ** (1 / x[0].size)
-            delta *= (radius / np.linalg.norm(delta.reshape(len(x), -1), axis=1)).reshape(-1, 1, 1, 1)
+            delta *= _stretch(delta, self.eps * rng.uniform(size=len(x)) ** (1 / x[0].size))
         return np.clip(x + delta, *self.bounds).astype("float32")
+
+    def noise(self, x, seed=0):
+        """Images with noise of the full length `eps`, clipped to the bounds: what an attack has to be better than."""
+        return noise(x, self.norm, self.eps, self.bounds, seed)
 
     def distance(self, x_adv, x):
         """Distance of each pair of images in this norm, (n,) float64, from the arrays themselves."""
@@ -65,6 +68,26 @@ class ThreatModel:
         flat = np.asarray(x_adv).reshape(len(x), -1)
         valid = (flat.min(axis=1) >= np.float32(self.bounds[0])) & (flat.max(axis=1) <= np.float32(self.bounds[1]))
         return valid & (self.distance(x_adv, x) <= self.eps + rounding)
+
+
+def noise(x, norm, eps, bounds=(0.0, 1.0), seed=0):
+    """Images `x` (n, h, w, c) with noise of length `eps`, one number or one an image (n,); float32, within `bounds`.
+
+    linf: every pixel moves by +eps or -eps; l2: in a direction that is uniform on the sphere. Then it is clipped, so
+    that it is shorter where a pixel has no room.
+    """
+    rng = np.random.default_rng(seed)
+    if norm == "linf":
+        delta = np.sign(rng.uniform(-1, 1, x.shape)).astype("float32") * np.float32(eps).reshape(-1, 1, 1, 1)
+    else:
+        delta = rng.standard_normal(x.shape)
+        delta *= _stretch(delta, eps)
+    return np.clip(x + delta, *bounds).astype("float32")
+
+
+def _stretch(delta, length):
+    """Factors (n, 1, 1, 1) that give each of `delta` (n, h, w, c) its Euclidean `length`."""
+    return (length / np.linalg.norm(delta.reshape(len(delta), -1), axis=1)).reshape(-1, 1, 1, 1)
 
 
 def diameter(shape, norm, bounds):

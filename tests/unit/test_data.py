@@ -9,6 +9,7 @@ import re
 import tarfile
 import threading
 import zipfile
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pooch
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
+from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 
 from helpers import data, files
 
@@ -192,6 +194,50 @@ def test_take_of_fewer_images_than_classes_and_of_all():
 def test_take_refuses_what_there_is_not(n):
     with pytest.raises(ValueError, match=f"n_train: got {n}, expected 1 to 1297.*digits"):
         data.load("digits").take(n_train=n)
+
+
+# What the chapters wrote before there was `split`.
+BY_HAND = {
+    "n_val": lambda d: train_test_split(np.arange(len(d.y_train)), test_size=70, stratify=d.y_train, random_state=0),
+    "folds": lambda d: next(StratifiedGroupKFold(7, shuffle=True, random_state=0).split(
+        d.x_train, d.y_train, d.extra.get("group_train", np.arange(len(d.y_train))))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", [{"n_val": 70}, {"folds": 7}], ids=BY_HAND)
+@pytest.mark.parametrize("groups", [None, np.arange(300) // 4], ids=["single", "groups"])
+def test_split_sets_images_aside_as_the_chapters_did(how, groups):
+    dataset = data.load("textures").take(n_train=300)
+    dataset = dataset if groups is None else replace(dataset, extra=dataset.extra | {"group_train": groups})
+    kept, held = BY_HAND[next(iter(how))](dataset)
+    split = dataset.split(**how)
+    for key in ("x", "y"):
+        np.testing.assert_array_equal(getattr(split, f"{key}_train"), getattr(dataset, f"{key}_train")[kept])
+        np.testing.assert_array_equal(getattr(split, f"{key}_val"), getattr(dataset, f"{key}_train")[held])
+    np.testing.assert_array_equal(split.extra["corner_train"], dataset.extra["corner_train"][kept])
+    np.testing.assert_array_equal(split.extra["corner_val"], dataset.extra["corner_train"][held])
+    assert split.x_test is dataset.x_test and dataset.x_val is None
+    assert not np.array_equal(dataset.split(**how, seed=1).x_val, split.x_val)
+    if groups is not None and "folds" in how:
+        assert not set(split.extra["group_train"]) & set(split.extra["group_val"])
+
+
+@pytest.mark.parametrize("how, message", [
+    ({}, "n_val is None and folds is None; expected one of the two"),
+    ({"n_val": 30, "folds": 7}, "n_val is 30 and folds is 7"),
+    ({"n_val": 2}, "n_val is 2; expected 3 to 57, since textures has 3 classes"),
+    ({"n_val": 58}, "n_val is 58; expected 3 to 57"),
+])  # fmt: skip
+def test_a_split_that_cannot_be_is_named(how, message):
+    with pytest.raises(ValueError, match=message):
+        data.load("textures").take(n_train=60).split(**how)
+
+
+def test_a_split_that_loses_a_class_is_named():
+    dataset = data.load("textures").take(n_train=60)
+    dataset = replace(dataset, extra={"group_train": dataset.y_train})  # a class is one tile
+    with pytest.raises(ValueError, match=r"textures: the classes \[0, 1, 2\] are missing in one part"):
+        dataset.split(folds=3)
 
 
 def test_provenance_counts_the_images_in_use():

@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 
-from helpers.threat import NORMS, ThreatModel, check_images, check_labels, check_positive
+from helpers.threat import NORMS, ThreatModel, check_images, check_labels, check_positive, noise
 
 SHAPE = (3, 4, 4, 2)
 quickly = settings(max_examples=30, deadline=None, derandomize=True)
@@ -95,6 +95,38 @@ def test_random_starts_fill_the_ball_evenly(norm):
         uniform = (np.linalg.norm(delta.reshape(len(x), -1), axis=1) / 0.2) ** 4
     assert scipy.stats.kstest(uniform, "uniform").pvalue > 0.01
     assert abs(delta.mean()) < 0.01
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_noise_has_the_full_length(norm):
+    x = grey((200, 3, 3, 1))
+    threat = ThreatModel(norm, 0.1)
+    noisy = threat.noise(x, 5)
+    assert noisy.dtype == np.float32
+    np.testing.assert_allclose(threat.distance(noisy, x), 0.1, rtol=1e-5)
+    np.testing.assert_array_equal(noisy, threat.noise(x, 5))
+    assert not np.array_equal(noisy, threat.noise(x, 6))
+    delta = (noisy - x).reshape(200, -1) / 0.1
+    assert np.abs(delta.mean(axis=0)).max() < 4 / np.sqrt(200)  # no direction is preferred
+    if norm == "linf":
+        np.testing.assert_allclose(np.abs(delta), 1, rtol=1e-5)
+    np.testing.assert_array_equal(ThreatModel(norm, 0).noise(x, 5), x)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_noise_may_have_another_length_for_every_image_and_is_clipped(norm):
+    x, lengths = grey((4, 3, 3, 1)), np.array([0, 0.1, 0.2, 0.3])
+    np.testing.assert_allclose(ThreatModel(norm, 1).distance(noise(x, norm, lengths), x), lengths, atol=1e-6)
+    clipped = ThreatModel(norm, 0.5, (-0.1, 0.6)).noise(0 * x)
+    assert clipped.min() >= np.float32(-0.1) and clipped.max() <= np.float32(0.6) and clipped.max() > 0.15
+
+
+def test_linf_noise_is_the_sign_of_a_random_start():
+    """As chapter 05 and the sanity checks have always drawn it."""
+    threat, x = ThreatModel("linf", 0.3), np.random.default_rng(0).uniform(0, 1, (9, 5, 5, 1)).astype("float32")
+    x[:, 0] = 0
+    expected = np.clip(x + 0.3 * np.sign(threat.random_start(x, (1, 2)) - x), 0, 1).astype("float32")
+    np.testing.assert_array_equal(threat.noise(x, (1, 2)), expected)
 
 
 def test_the_distance_is_that_of_the_norm():
