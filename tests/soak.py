@@ -62,8 +62,8 @@ def run(variant, executable):
     elif done.returncode or not record.exists():
         line["error"] = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     else:
-        flags = json.loads(record.read_text(encoding="utf-8")).get("flags", [])
-        line["flags"] = sorted({flag["name"] for flag in flags if not flag["passed"]})
+        flags = json.loads(record.read_text(encoding="utf-8"))["flags"] or []
+        line["flags"] = ["{where}: {check}".format(**flag) for flag in flags if not flag["passed"]]
     shutil.rmtree(folder)
     return line
 
