@@ -146,7 +146,7 @@ def sanity_checks(model, x, y, threat, *, surrogate=None, steps=40, queries=300,
         *gradient_flags(model, x, y),
     ]
     if threat.norm == "linf":
-        free = success(attacks.square(model, x, y, threat.eps, queries=queries, seed=seed))
+        free = success(attacks.square(model, x, y, threat, queries=queries, seed=seed).images)
         rows.append(flags.difference("PGD less a gradient-free attack", beaten, free))
     if surrogate is not None:
         rows.append(flags.difference("white box less transfer", beaten, success(run(surrogate))))

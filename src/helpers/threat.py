@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 NORMS = ("linf", "l2")
-_WHOLE = {"steps", "restarts", "queries", "searches", "max_iterations", "epochs", "batch_size"}
+_WHOLE = {"steps", "restarts", "targets", "queries", "searches", "max_iterations", "epochs", "batch_size"}
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,43 @@ def projection(x, norm, eps, bounds):
         return tf.clip_by_value(x + delta * tf.minimum(1.0, eps / tf.maximum(length, 1e-12)), *bounds)
 
     return into_ball
+
+
+def lengths(change, norm):
+    """Length of each change (n, h, w, c) in this norm, (n,); a TensorFlow tensor."""
+    if norm == "linf":
+        return tf.reduce_max(tf.abs(change), axis=(1, 2, 3))
+    return tf.sqrt(tf.reduce_sum(change**2, axis=(1, 2, 3)))
+
+
+def onto_plane(x, normal, gap, norm, bounds):
+    """Smallest change of each `x` (n, h, w, c) within the bounds whose product with `normal` is `gap` (n,), in a graph.
+
+    Where the bounds leave no such change it is the one that comes nearest. Exact but for rounding: every pixel goes
+    towards its bound at a speed, |normal| in l2 and 1 in linf, until it is there. What this adds up to is a concave and
+    piecewise linear function of time, on which Newton's steps from 0 reach the gap from below, a kink or more a step.
+    """
+    scale = tf.maximum(tf.reduce_max(tf.abs(normal), axis=(1, 2, 3), keepdims=True), 1e-30)
+    weight, wanted = tf.abs(normal / scale), tf.abs(gap)[:, None, None, None] / scale
+    towards = tf.sign(normal) * tf.sign(gap)[:, None, None, None]
+    room = tf.where(towards > 0, bounds[1] - x, x - bounds[0]) * tf.abs(towards)
+    speed = weight if norm == "l2" else tf.ones_like(weight)
+
+    def missing(time):
+        return wanted - tf.reduce_sum(weight * tf.minimum(time * speed, room), axis=(1, 2, 3), keepdims=True)
+
+    def newton(time, step):
+        free = tf.cast(time * speed < room, time.dtype)
+        slope = tf.reduce_sum(free * weight * speed, axis=(1, 2, 3), keepdims=True)
+        step = tf.math.divide_no_nan(tf.maximum(missing(time), 0.0), slope)
+        return time + step, step
+
+    def moving(time, step):
+        return tf.reduce_any(step > 1e-6 * time)
+
+    start = tf.zeros_like(wanted)
+    time, _ = tf.while_loop(moving, newton, newton(start, start), maximum_iterations=50)
+    return towards * tf.minimum(time * speed, room)
 
 
 def check_images(x, name="x", bounds=(0.0, 1.0)):

@@ -64,10 +64,19 @@ ATTACKS = {  # model, x, y, eps, seed -> adversarial images
     "pgd-l2": lambda m, x, y, eps, seed=0: attacks.pgd(m, x, y, ThreatModel("l2", eps), steps=3, seed=seed),
     "pgd-compact": lambda m, x, y, eps, seed=0: attacks.pgd(
         m, x, y, ThreatModel("l2", eps), steps=7, restarts=2, compact=True, batch_size=5, seed=seed),
-    "square": lambda m, x, y, eps, seed=0: attacks.square(m, x, y, eps, queries=8, seed=seed),
+    "apgd-linf": lambda m, x, y, eps, seed=0: attacks.apgd(
+        m, x, y, ThreatModel("linf", eps), steps=6, seed=seed).images,
+    "apgd-l2": lambda m, x, y, eps, seed=0: attacks.apgd(
+        m, x, y, ThreatModel("l2", eps), steps=6, radii=(2, 1), loss="targeted dlr", batch_size=5, seed=seed).images,
+    "fab-linf": lambda m, x, y, eps, seed=0: attacks.fab(m, x, y, ThreatModel("linf", eps), steps=4).images,
+    "fab-l2": lambda m, x, y, eps, seed=0: attacks.fab(m, x, y, ThreatModel("l2", eps), steps=4, batch_size=5).images,
+    "square-linf": lambda m, x, y, eps, seed=0: attacks.square(
+        m, x, y, ThreatModel("linf", eps), queries=8, seed=seed).images,
+    "square-l2": lambda m, x, y, eps, seed=0: attacks.square(
+        m, x, y, ThreatModel("l2", eps), queries=8, batch_size=5, seed=seed).images,
 }  # fmt: skip
 every_attack = pytest.mark.parametrize("name", ATTACKS)
-norm_of = {name: "l2" if name in ("pgd-l2", "pgd-compact") else "linf" for name in ATTACKS}
+norm_of = {name: "l2" if name.endswith("l2") or name == "pgd-compact" else "linf" for name in ATTACKS}
 
 
 # ── The losses ──
@@ -327,7 +336,7 @@ def test_a_warm_start_is_projected_and_used():
 # ── Seeds ──
 
 
-@pytest.mark.parametrize("name", ["pgd-linf", "pgd-l2", "square"])
+@pytest.mark.parametrize("name", ["pgd-linf", "pgd-l2", "apgd-linf", "apgd-l2", "square-linf", "square-l2"])
 def test_the_same_seed_gives_the_same_images(name):
     hard = linear(bias=-9.0)  # nothing is beaten, so that every query and restart is spent
     y = np.zeros(N, int)
@@ -338,7 +347,8 @@ def test_the_same_seed_gives_the_same_images(name):
 
 def test_another_seed_gives_other_images():
     hard, y = linear(bias=-9.0), np.zeros(N, int)
-    assert not np.array_equal(ATTACKS["square"](hard, X, y, 0.1, 0), ATTACKS["square"](hard, X, y, 0.1, 1))
+    for name in ("square-linf", "square-l2", "apgd-l2"):
+        assert not np.array_equal(ATTACKS[name](hard, X, y, 0.1, 0), ATTACKS[name](hard, X, y, 0.1, 1))
     for norm in ("linf", "l2"):
         one, two = (attacks.pgd(NET, X, Y, ThreatModel(norm, 0.2), steps=1, step_size=1e-3, seed=s) for s in (0, 1))
         assert not np.array_equal(one, two)
@@ -449,7 +459,8 @@ def test_an_attack_calls_a_random_model_anew_in_every_step(name):
 
     sure = np.abs(margins(LINEAR, X, Y % 2)) > 0.1  # never beaten within so small a radius
     x, y = X[sure], logits(LINEAR, X[sure]).argmax(axis=1)
-    steps = {"fgsm": 1, "bim": 3, "pgd-linf": 12, "pgd-l2": 3, "pgd-compact": 3 * 14, "square": 8}[name]
+    steps = {"fgsm": 1, "bim": 3, "pgd-linf": 12, "pgd-l2": 3, "pgd-compact": 3 * 14, "apgd-linf": 7,
+             "apgd-l2": 3 * 8}.get(name, 8)  # fmt: skip
     for _ in range(2):
         before = len(calls)
         ATTACKS[name](model, x, y, 0.001)
@@ -485,33 +496,178 @@ def test_a_function_is_attacked_alike_with_and_without_a_graph():
 
 
 @quickly
-@given(st.integers(0, 999), st.floats(0, 0.5, width=32))
-def test_the_square_attack_never_lowers_the_margin(seed, eps):
+@given(st.integers(0, 999), st.floats(0, 0.5, width=32), st.sampled_from(["linf", "l2"]))
+def test_the_square_attack_never_lowers_the_margin(seed, eps, norm):
     x, y = rng_images(8, seed), np.arange(8) % 3
-    x_adv = attacks.square(NET, x, y, eps, queries=15, seed=seed)
-    assert (margins(NET, x_adv, y) >= margins(NET, x, y) - 1e-5).all()
+    found = attacks.square(NET, x, y, ThreatModel(norm, eps), queries=15, seed=seed)
+    assert (margins(NET, found.images, y) >= margins(NET, x, y) - 1e-5).all()
 
 
-def test_the_square_attack_uses_no_gradient():
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.2), ("l2", 1.0)])
+def test_the_square_attack_uses_no_gradient(norm, eps):
     near = linear(bias=-float(np.median(margins(LINEAR, X, np.zeros(N, int)))))
+    y, threat = logits(near, X).argmax(axis=1), ThreatModel(norm, eps)
+    blind, plain = (attacks.square(m, X, y, threat, queries=400) for m in (lambda x: near(tf.stop_gradient(x)), near))
+    np.testing.assert_array_equal(blind.images, plain.images)
+    assert not correct(near, plain.images, y).any()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("shape", [(4, 16, 1), (9, 3, 3), (1, 1, 1), (12, 13, 2)])
+def test_the_square_attack_takes_images_that_are_not_square(shape, norm):
+    x, threat = np.random.default_rng(0).uniform(0, 1, (6, *shape)).astype("float32"), ThreatModel(norm, 0.1)
+    hard, y = linear(w=np.ones(np.prod(shape), "float32"), bias=-500.0), np.zeros(6, int)
+    found = attacks.square(hard, x, y, threat, queries=60)
+    assert threat.distance(found.images, x).max() <= 0.1 + 1e-6 and (found.value > margins(hard, x, y)).all()
+    assert found.images.min() >= 0 and found.images.max() <= 1 and (found.steps == 60).all()
+
+
+@pytest.mark.parametrize(("norm", "least"), [("linf", 0.85), ("l2", 0.45)])
+def test_the_square_attack_comes_near_the_optimum_of_a_linear_model(norm, least):
+    hard, y, dual = linear(bias=-50.0), np.zeros(4, int), np.linalg.norm(W, 1 if norm == "linf" else 2)
+    found = attacks.square(hard, X[:4], y, ThreatModel(norm, 0.1), queries=400)
+    gain = found.value - margins(hard, X[:4], y)
+    assert (gain > least * 0.1 * dual).all() and (gain < 0.1 * dual + 1e-4).all()
+
+
+def test_the_square_attack_goes_on_from_a_start_and_stops_where_it_has_won():
+    hard, y, threat = linear(bias=-50.0), np.zeros(4, int), ThreatModel("l2", 0.1)
+    best = X[:4] + np.float32(0.1 / np.linalg.norm(W)) * W.reshape(SHAPE)
+    found = attacks.square(hard, X[:4], y, threat, queries=30, start=best)
+    np.testing.assert_allclose(found.images, best, atol=1e-6)  # no square improves the optimum
+    won = attacks.square(LINEAR, X, 1 - logits(LINEAR, X).argmax(axis=1), threat, queries=30)
+    assert not won.steps.any()
+    np.testing.assert_array_equal(won.images, X)
+
+
+# ── APGD ──
+
+
+@pytest.mark.parametrize("loss", ["log-odds", "margin", "dlr", "targeted dlr", "targeted margin"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_apgd_reaches_the_optimum_of_a_linear_model(norm, loss):
+    hard, y, dual = linear(bias=-50.0), np.zeros(N, int), np.linalg.norm(W, 1 if norm == "linf" else 2)
+    found = attacks.apgd(hard, X, y, ThreatModel(norm, 0.1), loss=loss, steps=25)
+    np.testing.assert_allclose(found.value - margins(hard, X, y), 0.1 * dual, rtol=1e-4)
+    np.testing.assert_allclose(found.value, margins(hard, found.images, y), rtol=1e-6)
+    assert (found.steps == 26).all()  # the gradient at the start is one
+
+
+def test_the_checkpoints_of_apgd_are_those_of_the_paper():
+    assert attacks._checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
+    assert attacks._checkpoints(10) == [3, 5, 6, 7, 8, 9, 10]
+
+
+def test_apgd_halves_its_steps_until_it_is_on_the_hill():
+    """Twice eps is far too long a step for a hill of this width: it oscillates until the size has shrunk."""
+    x, y, threat = np.full((2, *SHAPE), 0.5, "float32"), np.zeros(2, int), ThreatModel("linf", 0.2)
+    found = attacks.apgd(hill, x, y, threat, steps=60)
+    np.testing.assert_allclose(found.images.mean(axis=(1, 2, 3)), 0.55, atol=2e-3)
+    plain = attacks.pgd(hill, x, y, threat, steps=60, step_size=0.4, start=x)
+    assert (margins(hill, plain, y) < found.value).all()
+
+
+def test_apgd_climbs_where_the_cross_entropy_has_no_gradient():
+    """Logits times a thousand: the softmax is one-hot in float32, and PGD on the cross-entropy never moves."""
+
+    def loud(x):
+        return 1000 * NET(x, training=False)
+
+    y, threat = logits(NET, X).argmax(axis=1), ThreatModel("l2", 1.2)
+    stuck = attacks.pgd(loud, X, y, threat, steps=20, start=X)
+    assert correct(loud, stuck, y).all() and (attacks.apgd(loud, X, y, threat, steps=20).value > 0).all()
+    quiet, same = (attacks.apgd(m, X, y, ThreatModel("l2", 0.2), loss="dlr", steps=10).images for m in (NET, loud))
+    np.testing.assert_allclose(quiet, same, atol=1e-3)  # the DLR loss does not see the factor
+
+
+def test_wider_balls_lead_past_gradients_that_mislead():
+    """All is flat around the image, so that a run within the ball has no gradient; from outside the way leads up."""
+
+    def masked(x):
+        away = tf.abs(tf.reduce_mean(x, axis=(1, 2, 3)) - 0.5)
+        height = tf.where(away < 0.06, -0.2, 10 * (away - 0.08))
+        return tf.stack([-height / 2, height / 2], axis=1)
+
+    x, y, threat = np.full((6, *SHAPE), 0.5, "float32"), np.zeros(6, int), ThreatModel("l2", 0.4)
+    assert (attacks.apgd(masked, x, y, threat, steps=40, restarts=3).value < 0).all()
+    wide = attacks.apgd(masked, x, y, threat, steps=40, restarts=3, radii=(4, 1))
+    assert (wide.value > 0).all() and threat.distance(wide.images, x).max() <= 0.4 + 1e-6
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_targeted_runs_go_through_the_wrong_classes(classes):
+    many = np.random.default_rng(3).normal(0, 2, (16, classes)).astype("float32")
+
+    def model(x):
+        return tf.reshape(x, (-1, 16)) @ many
+
+    z = logits(model, X)
+    y = z.argmax(axis=1)
+    order = attacks._classes(model, X, y, 5)
+    np.testing.assert_array_equal(order, np.argsort(-z, axis=1)[:, 1:])
+    nearest = np.min([(z[np.arange(N), y] - z[np.arange(N), t]) / np.linalg.norm(many[:, y] - many[:, t], axis=0)
+                      for t in order.T], axis=0)  # fmt: skip
+    eps = float(np.median(nearest))
+    for found in (attacks.apgd(model, X, y, ThreatModel("l2", eps), loss="targeted dlr", steps=30),
+                  attacks.fab(model, X, y, ThreatModel("l2", eps), steps=30)):  # fmt: skip
+        np.testing.assert_array_equal(found.value > 0, nearest < eps)
+        left = found.value <= 0
+        assert len(set(found.steps[left])) == 1 and found.steps[left][0] >= 30 * (classes - 1)
+
+
+def test_the_new_attacks_name_their_bad_options():
+    threat = ThreatModel("l2", 0.1)
+    with pytest.raises(ValueError, match="did you mean 'dlr'"):
+        attacks.apgd(NET, X, Y, threat, loss="drl")
+    for radii in ((), (2,), (1, 2), (0.5, 1)):
+        with pytest.raises(ValueError, match="radii are .*; expected factors >= 1 of eps, the last one 1"):
+            attacks.apgd(NET, X, Y, threat, radii=radii)
+    for attack in (attacks.apgd, attacks.fab, attacks.square):
+        with pytest.raises(ValueError, match="start has shape"):
+            attack(NET, X, Y, threat, start=X[:3])
+        with pytest.raises(ValueError, match="batch_size is 0"):
+            attack(NET, X, Y, threat, batch_size=0)
+    for attack in (attacks.apgd, attacks.fab):
+        with pytest.raises(ValueError, match="targets is 0"):
+            attack(NET, X, Y, threat, targets=0)
+
+
+@pytest.mark.parametrize("attack", [attacks.apgd, attacks.fab, attacks.square])
+def test_a_goal_of_ones_own_decides_what_is_won(attack):
+    """Here a wrong answer counts only where it is sure: by five in the margin."""
+
+    def sure(logits, y):
+        return attacks.margin(logits, y) - 5
+
+    y, threat = logits(three_classes, X).argmax(axis=1), ThreatModel("linf", 0.3)
+    plain, strict = attack(three_classes, X, y, threat), attack(three_classes, X, y, threat, goal=sure)
+    np.testing.assert_allclose(strict.value, margins(three_classes, strict.images, y) - 5, atol=1e-4)
+    assert (plain.value > 0).sum() > (strict.value > 0).sum() and (strict.steps >= plain.steps).all()
+
+
+# ── FAB ──
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_fab_finds_the_smallest_change_of_a_linear_model(norm):
+    near = linear(bias=-float(np.median(X.reshape(N, -1) @ W)))
     y = logits(near, X).argmax(axis=1)
-    found, plain = (attacks.square(m, X, y, 0.2, queries=200) for m in (lambda x: near(tf.stop_gradient(x)), near))
-    np.testing.assert_array_equal(found, plain)
-    assert not correct(near, found, y).any()
+    exact = np.abs(margins(near, X, y)) / np.linalg.norm(W, 1 if norm == "linf" else 2)
+    found = attacks.fab(near, X, y, ThreatModel(norm, 0), smallest=True, steps=20)
+    np.testing.assert_allclose(ThreatModel(norm, 1).distance(found.images, X), exact, rtol=1e-3, atol=1e-6)
+    assert not correct(near, found.images, y).any()
+    eps = float(np.median(exact))
+    within = attacks.fab(near, X, y, ThreatModel(norm, eps), steps=20)
+    np.testing.assert_array_equal(within.value > 0, exact < eps)
 
 
-@pytest.mark.parametrize("shape", [(4, 16, 1), (9, 3, 3), (1, 1, 1)])
-def test_the_square_attack_takes_images_that_are_not_square(shape):
-    x = np.random.default_rng(0).uniform(0, 1, (6, *shape)).astype("float32")
-    hard = linear(w=np.ones(np.prod(shape), "float32"), bias=-500.0)
-    x_adv = attacks.square(hard, x, np.zeros(6, int), 0.1, queries=60)
-    assert np.abs(x_adv - x).max() <= 0.1 + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
-
-
-def test_the_square_attack_comes_near_the_optimum_of_a_linear_model():
-    hard, y = linear(bias=-50.0), np.zeros(4, int)
-    gain = margins(hard, attacks.square(hard, X[:4], y, 0.1, queries=400), y) - margins(hard, X[:4], y)
-    assert (gain > 0.85 * 0.1 * np.abs(W).sum()).all() and (gain < 0.1 * np.abs(W).sum() + 1e-4).all()
+def test_fab_leaves_alone_what_is_wrong_already_and_what_it_cannot_beat():
+    y, threat = logits(NET, X).argmax(axis=1), ThreatModel("l2", 0.3)
+    wrong = attacks.fab(NET, X, (y + 1) % 3, threat, smallest=True, steps=5)
+    np.testing.assert_array_equal(wrong.images, X)
+    assert not wrong.steps.any()
+    far = attacks.fab(linear(bias=-90.0), X, np.zeros(N, int), threat, smallest=True, steps=5)
+    np.testing.assert_array_equal(far.images, X)
 
 
 # ── L-BFGS ──
@@ -604,7 +760,7 @@ def test_bad_radii_are_refused(name, eps):
         ATTACKS[name](NET, X, Y, eps)
 
 
-@pytest.mark.parametrize("name", ["fgsm", "bim", "pgd-linf", "square"])
+@pytest.mark.parametrize("name", ["fgsm", "bim", "pgd-linf", "apgd-linf", "fab-linf", "square-linf"])
 def test_a_radius_in_0_to_255_units_is_refused(name):
     with pytest.raises(ValueError, match="0-255 units"):
         ATTACKS[name](NET, X, Y, 25.5)
@@ -638,7 +794,7 @@ def test_pgd_names_its_bad_options(options, message):
 
 def test_the_other_attacks_name_their_bad_options():
     with pytest.raises(ValueError, match="queries is 0"):
-        attacks.square(NET, X, Y, 0.1, queries=0)
+        attacks.square(NET, X, Y, ThreatModel("linf", 0.1), queries=0)
     with pytest.raises(ValueError, match="searches is 0"):
         attacks.lbfgs(NET, X, Y, searches=0)
     for weights in [(1e3, 1e-3), (0, 1), (1, 1), (1, np.inf), (np.nan, 1)]:

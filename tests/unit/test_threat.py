@@ -6,10 +6,12 @@ import hypothesis.extra.numpy as arrays
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import scipy.optimize
 import scipy.stats
+import tensorflow as tf
 from hypothesis import given, settings
 
-from helpers.threat import NORMS, ThreatModel, check_images, check_labels, check_positive, noise
+from helpers.threat import NORMS, ThreatModel, check_images, check_labels, check_positive, noise, onto_plane
 
 SHAPE = (3, 4, 4, 2)
 quickly = settings(max_examples=30, deadline=None, derandomize=True)
@@ -211,6 +213,36 @@ def test_good_images_and_labels_pass(x):
     check_images(x)
     check_labels([0, 1, 2], 3, 3)
     check_labels(np.array([2, 2, 0], "uint8"), 3, 3)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("scale", [1.0, 1e-20])
+def test_the_change_onto_a_plane_is_the_smallest_within_the_bounds(norm, scale):
+    """Against SciPy: a linear programme in linf, a quadratic one in l2; the last gaps lie out of reach."""
+    rng = np.random.default_rng(0)
+    x, w = rng.uniform(0, 1, (30, 3, 2, 1)).astype("float32"), rng.normal(size=(30, 3, 2, 1)).astype("float32")
+    w *= rng.uniform(size=w.shape) < 0.8
+    gap = (rng.normal(size=30) * np.repeat([0.2, 1, 5], 10)).astype("float32")
+    change = onto_plane(*map(tf.constant, (x, scale * w, np.float32(scale) * gap)), norm, (0.0, 1.0)).numpy()
+    assert (x + change).min() >= 0 and (x + change).max() <= 1
+    least, most = (((w * side > 0) - x) * w for side in (-1, 1))
+    reached = np.clip(gap, least.sum(axis=(1, 2, 3)), most.sum(axis=(1, 2, 3)))
+    np.testing.assert_allclose((change * w).sum(axis=(1, 2, 3)), reached, atol=1e-5)
+    assert (reached != gap).sum() > 3
+    for length, *row in zip(ThreatModel(norm, 1).distance(x + change, x), x, w, reached, strict=True):
+        assert length <= 1.001 * shortest(norm, *(part.ravel().astype("float64") for part in row[:2]), row[2])
+
+
+def shortest(norm, x, w, gap):
+    """Length of the smallest change that reaches 0.9999 of the gap within the bounds, by SciPy."""
+    box, gap, one = [(-pixel, 1 - pixel) for pixel in x], 0.9999 * gap, np.ones((len(x), 1))
+    if norm == "linf":
+        sides = np.vstack([np.hstack([np.eye(len(x)), -one]), np.hstack([-np.eye(len(x)), -one])])
+        return scipy.optimize.linprog(np.r_[0 * x, 1], sides, np.zeros(2 * len(x)), np.r_[w, 0][None], [gap],
+                                      [*box, (0, None)]).fun  # fmt: skip
+    plane = {"type": "eq", "fun": lambda change: change @ w - gap, "jac": lambda change: w}
+    return np.sqrt(scipy.optimize.minimize(lambda change: change @ change, 0 * x, jac=lambda change: 2 * change,
+                                           bounds=box, constraints=plane, method="SLSQP").fun)  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "number", "expected"), [

@@ -1,0 +1,64 @@
+"""What an attacker climbs: functions of logits (n, classes) and labels (n,), above 0 or higher where he gets nearer.
+
+The targeted ones, `TARGETED`, take the wanted wrong class (n,) besides the true one.
+"""
+
+import numpy as np
+import tensorflow as tf
+
+
+def margin(logits, y):
+    """Largest wrong logit minus the true logit, (n,): positive where the prediction is wrong."""
+    return tf.reduce_max(_wrong(logits, y), axis=1) - tf.gather(logits, y, batch_dims=1)
+
+
+def cross_entropy(logits, y):
+    """Cross-entropy of each image in nats, (n,), from logits."""
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(labels=y, logits=logits)
+
+
+def minus_logit(logits, y):
+    """Minus the logit of `y`, (n,): to descend it is to raise the class, whatever the others do."""
+    return -tf.gather(logits, y, batch_dims=1)
+
+
+def log_odds(logits, y):
+    """Log of the odds against `y`, log((1 - p) / p), (n,): rises with the cross-entropy, and its gradient has the same
+    direction, but it does not vanish where the softmax saturates, as the cross-entropy's does in float32."""
+    return tf.reduce_logsumexp(_wrong(logits, y), axis=1) - tf.gather(logits, y, batch_dims=1)
+
+
+def dlr(logits, y):
+    """Difference of logits ratio, (n,): the margin over the largest minus the third largest logit (Croce & Hein 2020).
+
+    Positive where the prediction is wrong; the same for logits times a constant. With two classes the margin alone.
+    """
+    if logits.shape[1] < 3:
+        return margin(logits, y)
+    top = tf.math.top_k(logits, 3).values
+    return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def targeted_margin(logits, y, target):
+    """Logit of `target` minus the true logit, (n,)."""
+    return tf.gather(logits, target, batch_dims=1) - tf.gather(logits, y, batch_dims=1)
+
+
+def targeted_dlr(logits, y, target):
+    """The targeted margin over the largest logit minus the mean of the third and fourth, (n,) (Croce & Hein 2020).
+
+    The same for logits times a constant. With three classes or fewer the targeted margin alone.
+    """
+    if logits.shape[1] < 4:
+        return targeted_margin(logits, y, target)
+    top = tf.math.top_k(logits, 4).values
+    return targeted_margin(logits, y, target) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+
+def _wrong(logits, y):
+    """`logits` with minus infinity in the place of the true class."""
+    return tf.where(tf.one_hot(y, tf.shape(logits)[1], on_value=True, off_value=False), -np.inf, logits)
+
+
+LOSSES = {"cross-entropy": cross_entropy, "margin": margin, "logit": minus_logit, "log-odds": log_odds, "dlr": dlr}
+TARGETED = {"targeted margin": targeted_margin, "targeted dlr": targeted_dlr}
