@@ -44,7 +44,8 @@ def settings(threads, onednn, folder):
     names = ("LOKY_MAX_CPU_COUNT", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     variables = dict.fromkeys(names, str(threads)) | {"HELPERS_OUTPUT": folder, "PYTHONPATH": str(ROOT / "src")}
     variables["TF_ENABLE_ONEDNN_OPTS"] = str(int(onednn != "off"))
-    return os.environ | variables | ({} if onednn in ("own", "off") else {"ONEDNN_MAX_CPU_ISA": onednn})
+    rest = {name: value for name, value in os.environ.items() if name != "ONEDNN_MAX_CPU_ISA"}
+    return rest | variables | ({} if onednn in ("own", "off") else {"ONEDNN_MAX_CPU_ISA": onednn})
 
 
 def run(variant, executable):
@@ -74,10 +75,10 @@ def code(chapter):
     return f"{sha256(f'notebooks/{chapter}.ipynb')[:10]} {helpers_sha256()[:10]}"
 
 
-def interpreters():
+def interpreters(alone):
     """Executables by version: this one, and what the PATH has beside it, set up from the lock file on first use."""
     found = {f"{sys.version_info[0]}.{sys.version_info[1]}": sys.executable}
-    for version in sorted({"3.11", "3.12", "3.13"} - found.keys()):
+    for version in sorted({"3.11", "3.12", "3.13"} - found.keys()) if not alone else []:
         folder = output(f"soak/python{version}").resolve()
         pip = [folder / "bin/python", "-m", "pip", "install", "--quiet", "--require-hashes", "-r", "requirements.lock"]
         try:
@@ -112,9 +113,10 @@ def named(line):
 @click.command(help=__doc__)
 @click.option("--runs", default=100, show_default=True, help="In all, those of earlier soaks included.")
 @click.option("--jobs", default=2, show_default=True, help="At a time.")
-def main(runs, jobs):
+@click.option("--this-python", is_flag=True, help="With no other Python than the one that runs this.")
+def main(runs, jobs, this_python):
     output("soak").mkdir(parents=True, exist_ok=True)
-    chapters, pythons = sorted(path.stem for path in Path("notebooks").glob("[0-9]*.ipynb")), interpreters()
+    chapters, pythons = sorted(path.stem for path in Path("notebooks").glob("[0-9]*.ipynb")), interpreters(this_python)
     variants = plan(chapters, sorted(pythons), bool(os.environ.get("HELPERS_DATA")))
     planned = [variant for variant, _ in zip(variants, range(runs), strict=False)]
     path = output("soak.jsonl")

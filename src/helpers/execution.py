@@ -170,27 +170,28 @@ class _Watch(threading.Thread):
         self.limit, self.stalled, self.why = limit, stalled, ""
 
     def run(self):
-        mark, since = 0, time.monotonic()
+        mark, still = 0, 0
         while True:
             time.sleep(1)
-            used = _processor_seconds()
-            if not used or not 0 <= used - mark < max(0.1, self.stalled / 1000):  # below 0: a worker has gone
-                mark, since = used, time.monotonic()
+            used, paused = _look_at_children()
+            idle = 0 <= used - mark < max(0.1, self.stalled / 1000)  # below 0: a worker has gone with what it used
+            mark, still = (mark, still + 1) if used and idle and not paused else (used, 0)
             if used > self.limit:
                 self.why = f"limit reached ({self.limit:g} s of the processor)"
-            elif time.monotonic() - since > self.stalled:
+            elif still > self.stalled:  # looks, and not the clock: that goes on while this process is paused
                 self.why = f"hung: {self.stalled:g} s without use of the processor"
             if self.why:
                 _kill_children()
 
 
-def _processor_seconds():
-    """Processor time of this process's children and theirs, those that have ended included."""
-    times = []
+def _look_at_children():
+    """Processor seconds of this process's children and theirs, ended ones included, and whether one is paused."""
+    used, paused = 0, False
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):  # it has just ended
-            times.append(process.cpu_times())
-    return sum(t.user + t.system + t.children_user + t.children_system for t in times)
+            used += sum(process.cpu_times()[:4])  # user, system, and both of the children that it has waited for
+            paused |= process.status() == psutil.STATUS_STOPPED
+    return used, paused
 
 
 @contextmanager
