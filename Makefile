@@ -14,7 +14,7 @@ CHAPTERS := $(foreach name,$(CHAPTER),--chapter $(name))
 
 export PYTHONUTF8 := 1
 ifneq ($(HELPERS_DATA),)
-export HELPERS_DATA := $(if $(filter /%,$(HELPERS_DATA)),,$(CURDIR)/)$(HELPERS_DATA)
+export HELPERS_DATA := $(if $(filter /%,$(firstword $(HELPERS_DATA))),,$(CURDIR)/)$(HELPERS_DATA)
 endif
 
 .DEFAULT_GOAL := help

@@ -97,7 +97,6 @@ def _checkout(profile="smoke", show="auto"):
     if not Path("_config.yml").exists():
         raise BookError(f"no _config.yml in {Path.cwd()}: run this in the folder of the book's checkout")
     this = Book(Path.cwd(), files.output().resolve(), profile, show)
-    os.environ["PYTHONUTF8"] = "1"  # of all that is started from here, whatever the locale
     try:
         Path.home()
     except RuntimeError:  # as in a container, for a user that it does not know

@@ -221,7 +221,7 @@ def _where(source, ran, error):
     """Cell (numbered as in the source) with its first line, and the error, from the notebook that papermill left."""
     if isinstance(error, BookError):
         return "after the last cell", str(error)
-    cells = nbformat.read(ran, 4).cells if ran.exists() else []
+    cells = nbformat.read(ran, 4).cells if ran.exists() and ran.stat().st_size else []
     tried = [cell for cell in cells if cell.cell_type == "code" and cell.metadata.papermill.start_time]
     if not tried:
         return "before the first cell", repr(error)

@@ -10,6 +10,7 @@ from conftest import ROOT
 
 FAKE_PYTHON = """#!/bin/sh
 echo "python $*" >> "$LOG"
+echo "$HELPERS_DATA" > "$LOG.data"
 case "$*" in
   *version_info*) exec {real} -c "import sys; sys.version_info = {version}; $2" ;;
   *--version*) echo "Python {version}" ;;
@@ -31,13 +32,13 @@ def checkout(tmp_path):
     for name in ("Makefile", "requirements.lock", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
 
-    def run(*arguments, version=(3, 12), no_venv=0):
+    def run(*arguments, version=(3, 12), no_venv=0, **environment):
         python = tmp_path / "fake-python"
         python.write_text(FAKE_PYTHON.format(real=sys.executable, version=version, no_venv=no_venv))
         python.chmod(0o755)
         log = tmp_path / "log"
         log.write_text("")
-        done = make(f"PYTHON={python}", *arguments, cwd=tmp_path, LOG=str(log))
+        done = make(f"PYTHON={python}", *arguments, cwd=tmp_path, LOG=str(log), **environment)
         return done, log.read_text().splitlines()
 
     return run
@@ -60,6 +61,12 @@ def test_set_up_is_from_the_lock_with_hashes_and_done_once(checkout, tmp_path):
         "python -m helpers book --profile quick --show run --chapter 02 --chapter 04"]
     os.utime(tmp_path / "requirements.lock", (4e9, 4e9))
     assert any("requirements.lock" in line for line in checkout("test")[1])
+
+
+def test_the_folder_of_the_data_may_be_relative_and_have_a_space(checkout, tmp_path):
+    for given, meant in [("my data", tmp_path / "my data"), ("/my data", "/my data")]:
+        checkout("book", HELPERS_DATA=given)
+        assert (tmp_path / "log.data").read_text() == f"{meant}\n"
 
 
 @pytest.mark.parametrize("version", [(3, 10, 14), (3, 14, 0)])
