@@ -13,10 +13,11 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from helpers import attacks
+from helpers.checks import check_images, check_labels, check_positive
 from helpers.closeness import squared_distances
 from helpers.models import graph_of, traced
 from helpers.rejection import Defence, evaluate, load
-from helpers.threat import check_images, check_labels, check_positive, projection
+from helpers.threat import projection
 
 
 @dataclass(frozen=True)

@@ -15,19 +15,10 @@ import numpy as np
 import scipy.optimize
 import tensorflow as tf
 
+from helpers.checks import check_images, check_labels, check_positive, known
 from helpers.losses import LOSSES, TARGETED, cross_entropy, margin, minus_logit, targeted_margin  # noqa: F401
 from helpers.models import check_logits, graph_of, inference, own_graph, predict, randomised, traced
-from helpers.profiles import known
-from helpers.threat import (
-    ThreatModel,
-    check_images,
-    check_labels,
-    check_positive,
-    diameter,
-    lengths,
-    onto_plane,
-    projection,
-)  # fmt: skip
+from helpers.threat import ThreatModel, diameter, lengths, onto_plane, projection
 
 
 def input_gradient(network, loss, x, y):

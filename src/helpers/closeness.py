@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 
+from helpers.checks import check_images, check_labels, check_positive
 from helpers.models import graph_of, part, predict
-from helpers.threat import check_images, check_labels, check_positive
 
 
 def last_hidden(model):

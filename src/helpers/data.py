@@ -20,7 +20,7 @@ from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 from sklearn.utils import resample
 
 from helpers import files
-from helpers.profiles import known
+from helpers.checks import known
 
 _SOURCES = yaml.safe_load(Path(__file__).with_name("sources.yml").read_text(encoding="utf-8"))
 _PARTS = ("x_train", "y_train", "x_test", "y_test")

@@ -11,7 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from helpers import closeness, uncertainty
-from helpers.models import inference
+from helpers.models import inference, predict
 from helpers.threat import noise
 
 FEATURES = (*uncertainty.METRICS, "KDE", "KL")
@@ -23,9 +23,10 @@ def features(model, x, near, *, draws=50, seed=0):
     KDE (its logarithm) and KL are those of the class that the network predicts in test mode, which is the column
     "predicted". `near` : closeness.Closeness of the network's training activations. `draws`, `seed` : of the dropout.
     """
-    hidden = closeness.activations(model, x)
+    sampled = uncertainty.sample(model, x, draws=draws, seed=seed)  # which checks the images
+    hidden = predict(closeness.last_hidden(model), x, 1000)
     predicted = model.layers[-1](hidden).numpy().argmax(axis=1)
-    return pd.DataFrame(uncertainty.metrics(uncertainty.sample(model, x, draws=draws, seed=seed)) | {
+    return pd.DataFrame(uncertainty.metrics(sampled) | {
         "KDE": near.kde(hidden, predicted), "KL": near.kl(hidden, predicted), "LID": near.lid(hidden),
         "predicted": predicted})
 

@@ -6,8 +6,9 @@ import scipy.stats
 import tensorflow as tf
 
 from helpers import attacks, flags
+from helpers.checks import check_images, check_labels
 from helpers.models import as_float64, check_logits, inference, predict
-from helpers.threat import ThreatModel, check_images, check_labels, diameter
+from helpers.threat import ThreatModel, diameter
 
 GRADIENT_ERROR = 1e-3  # relative; differences in float64 are right to about 1e-7
 

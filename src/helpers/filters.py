@@ -9,9 +9,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from helpers.checks import check_images, known
 from helpers.models import predict
-from helpers.profiles import known
-from helpers.threat import check_images
 
 TRUNCATE = 4.0  # standard deviations after which the Gaussian kernel ends, as in SciPy
 

@@ -8,7 +8,7 @@ What holds by construction is no flag; it is asserted.
 import numpy as np
 import scipy.stats
 
-from helpers.profiles import known
+from helpers.checks import known
 
 CONFIDENCE = 0.99  # a chapter has tens of flags: at 95 % one of them would be raised by chance in most runs
 RELATIONS = (">=", "<=")

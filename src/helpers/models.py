@@ -13,7 +13,7 @@ import tensorflow as tf
 from keras import layers
 
 from helpers import files
-from helpers.profiles import known
+from helpers.checks import known
 
 _KEPT = 32  # graphs on one object
 tf.get_logger().setLevel("ERROR")  # every network has graphs of its own, which TensorFlow reports as retracing

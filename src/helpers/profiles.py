@@ -1,9 +1,10 @@
 """Profiles: the same chapter in three sizes, from a check in a minute to the paper's own."""
 
 import copy
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import SimpleNamespace
+
+from helpers.checks import known
 
 PROFILES = ("smoke", "quick", "paper")
 
@@ -20,15 +21,6 @@ class Settings(SimpleNamespace):
     def _repr_html_(self):
         rows = (f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in vars(self).items())
         return f"<table><tr><th>setting</th><th>value</th></tr>{''.join(rows)}</table>"
-
-
-def known(argument: str, name: str, names: Iterable[str]) -> str:
-    """Return `name`. Raises ValueError, which names the nearest of `names`, when it is none of them."""
-    if name not in (names := list(names)):
-        near = difflib.get_close_matches(str(name), names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(names)}"
-        raise ValueError(f"{argument}: unknown {name!r}, {hint}")
-    return name
 
 
 def resolve(profile: str, table: Mapping[str, Mapping], overrides: Mapping | None = None) -> Settings:

@@ -10,8 +10,8 @@ from skimage.restoration import denoise_tv_chambolle
 from tqdm import tqdm
 
 from helpers import attacks
+from helpers.checks import check_images, check_labels, check_positive
 from helpers.models import check_logits, inference, randomised, traced
-from helpers.threat import check_images, check_labels, check_positive
 
 
 def autoencoder(input_shape, *, filters=(32, 64, 128, 256), seed=0):

@@ -18,7 +18,8 @@ from joblib import cpu_count
 from pydantic import BaseModel, Field, NonNegativeInt, model_validator
 
 from helpers import __version__, files
-from helpers.profiles import PROFILES, known
+from helpers.checks import known
+from helpers.profiles import PROFILES
 from helpers.units import PACKAGES, earlier_seconds, versions
 
 _VERDICTS = ("reproduced", "undecided", "direction", "not-reproduced", "not-testable")  # from the best to the worst

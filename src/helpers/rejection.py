@@ -16,8 +16,8 @@ import tensorflow as tf
 from scipy.special import expit, logit
 
 from helpers import files, models, svm
+from helpers.checks import check_images, check_labels, check_positive
 from helpers.svm import SVM
-from helpers.threat import check_images, check_labels, check_positive
 
 OUTCOMES = ("correct", "rejected", "evaded")
 _ARRAYS = ("vectors", "columns", "weights", "bias")
@@ -139,6 +139,10 @@ def feature_network(network, layers):
 def features(network, x, layers, batch_size=500):
     """Outputs (n, p) float32 of each of `layers` for images `x`, in test mode."""
     check_images(x)
+    return _features(network, x, layers, batch_size)
+
+
+def _features(network, x, layers, batch_size=500):
     outputs = models.forward(feature_network(network, tuple(layers)), x)
     parts = [tf.nest.flatten(outputs(tf.constant(x[i : i + batch_size]))) for i in range(0, len(x), batch_size)]
     return [np.concatenate([part[i] for part in parts]).reshape(len(x), -1) for i in range(len(layers))]
@@ -174,7 +178,7 @@ def fit(network, x, y, *, layers=(5, 7, 8), C=0.1, gamma=0.01, folds=None, theta
     svms, scores = [], []
     for n in layers:
         gram = None  # the last layer's goes before the next one's distances come
-        h, distances = shared[n] if shared else prepare(network, x, (n,), label)[n]
+        h, distances = shared[n] if shared else _prepare(network, x, (n,), label)[n]
         gram = svm.kernel(distances, gamma[n])
         del distances  # one large matrix at a time
         weights, bias = svm.duals(gram, y, C[n], label and f"{label}, layer {n}")
@@ -192,7 +196,12 @@ def fit(network, x, y, *, layers=(5, 7, 8), C=0.1, gamma=0.01, folds=None, theta
 
 def prepare(network, x, layers, label=None):
     """Features and their squared distances by layer, for several calls of `fit`."""
-    found = zip(layers, features(network, x, layers), strict=True)
+    check_images(x)
+    return _prepare(network, x, layers, label)
+
+
+def _prepare(network, x, layers, label):
+    found = zip(layers, _features(network, x, layers), strict=True)
     return {n: (h, svm.squared_distances(h, label=label and f"{label}, distances {n}")) for n, h in found}
 
 

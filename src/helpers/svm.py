@@ -18,7 +18,7 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import SVC
 from tqdm import tqdm
 
-from helpers.threat import check_positive
+from helpers.checks import check_positive
 
 _MEMINFO, _GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")  # of Linux: the machine, and its version 2 containers
 

@@ -1,13 +1,11 @@
-"""What the attacker may do: a norm, a radius and the range of valid pixels; and the checks of arguments."""
+"""What the attacker may do: a norm, a radius and the range of valid pixels."""
 
 from dataclasses import dataclass
-from typing import SupportsIndex
 
 import numpy as np
 import tensorflow as tf
 
 NORMS = ("linf", "l2")
-_WHOLE = {"steps", "restarts", "targets", "queries", "searches", "max_iterations", "epochs", "batch_size"}
 
 
 @dataclass(frozen=True)
@@ -146,36 +144,3 @@ def onto_plane(x, normal, gap, norm, bounds):
     start = tf.zeros_like(wanted)
     time, _ = tf.while_loop(moving, newton, newton(start, start), maximum_iterations=50)
     return towards * tf.minimum(time * speed, room)
-
-
-def check_images(x, name="x", bounds=(0.0, 1.0)):
-    """Raise unless `x` is a finite float32 array (n, h, w, c), n >= 1, within `bounds`."""
-    if not isinstance(x, np.ndarray) or x.dtype != np.float32 or x.ndim != 4:
-        came = f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else type(x).__name__
-        raise TypeError(f"{name} is {came}; expected a float32 NumPy array of shape (n, height, width, channels)")
-    if not len(x):
-        raise ValueError(f"{name} is empty; expected at least one image")
-    if not np.isfinite(x).all():
-        raise ValueError(f"{name} holds NaN or infinite pixels; expected finite values")
-    if x.min() < bounds[0] or x.max() > bounds[1]:
-        raise ValueError(f"{name} lies in [{x.min():.4g}, {x.max():.4g}]; expected pixels in {list(bounds)}")
-
-
-def check_labels(y, n, classes):
-    """Return `y` as int64; raise unless it holds `n` integer labels in 0 ... `classes` - 1."""
-    y = np.asarray(y)
-    if y.shape != (n,) or not np.issubdtype(y.dtype, np.integer):
-        raise TypeError(f"y is {y.dtype} {y.shape}; expected {n} integer labels, shape ({n},)")
-    if y.min() < 0 or y.max() >= classes:
-        raise ValueError(f"y lies in {y.min()}...{y.max()}; expected labels in 0...{classes - 1}")
-    return y.astype("int64")
-
-
-def check_positive(**numbers):
-    """Raise ValueError unless each number is finite and > 0; those of `_WHOLE` must be whole, others may be None."""
-    for name, number in numbers.items():
-        kind = "whole" if name in _WHOLE else "finite"
-        if number is None and kind == "finite":
-            continue
-        if (kind == "whole" and not isinstance(number, SupportsIndex)) or not 0 < number < np.inf:
-            raise ValueError(f"{name} is {number}; expected a {kind} number > 0")

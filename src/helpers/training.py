@@ -8,9 +8,10 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from helpers.attacks import cross_entropy, input_gradient
+from helpers.checks import check_images, check_labels, check_positive
 from helpers.evaluation import score
 from helpers.models import check_logits, inference, own_graph, randomised, traced
-from helpers.threat import ThreatModel, check_images, check_labels, check_positive, projection
+from helpers.threat import ThreatModel, projection
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from helpers.checks import check_images
 from helpers.models import graph_of, randomised
-from helpers.threat import check_images
 
 METRICS = ("confidence", "entropy", "variance", "mutual information")
 

@@ -77,7 +77,7 @@ USES = {
     "a loss": lambda model: attacks.pgd(model, X, Y, L2, steps=2, losses=(lambda z, y: z[:, 0] * len(model.layers),)),
     "ddn": lambda model: attacks.ddn(model, X, Y, steps=2),
     "lbfgs": lambda model: attacks.lbfgs(model, X[:1], Y[:1], searches=1),
-    "gradient": lambda model: evaluation.gradient_error(model, X, Y),
+    "gradient": lambda model: evaluation.gradient_errors(model, X, Y),
     "filter": lambda model: attacks.fgsm(filters.defend(model, "median", 3), X, Y, 0.1),
     "sample": lambda model: uncertainty.sample(model, X, draws=2),
     "detector": guarded,
