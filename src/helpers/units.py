@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from textwrap import dedent
@@ -28,9 +29,10 @@ _NO_COMPUTE = {"__init__", "__main__", "address", "book", "cli", "execution", "f
                "site", "units"}
 
 
-def run(function, grid, *, folder, n_jobs=None, label="", data=None) -> list[dict]:
+def run(function, grid, *, folder, n_jobs=None, label="", data=None) -> list[dict] | dict[object, dict]:
     """Return `function(**kwargs)` for each `kwargs` of `grid`, in order; what `folder` holds already is not run again.
 
+    Where `grid` is a mapping, key -> kwargs, so is what comes back, key -> result; the keys may be anything.
     `function` is a plain function of plain JSON values, from a module or a notebook, and returns a dictionary of
     numbers, strings, lists and arrays, to which the "seconds" it took are added. Each result is kept in
     `folder/<function>/<key>.npz`. The key covers the arguments; the code (not its comments) of the function, of what it
@@ -43,7 +45,8 @@ def run(function, grid, *, folder, n_jobs=None, label="", data=None) -> list[dic
     if jobs < 1:
         raise ValueError(f"n_jobs: got {n_jobs}, expected None or at least 1")
     base = [_code(function), versions(*PACKAGES), data]
-    units = [(Path(folder) / function.__name__ / f"{_key(function, kwargs, base)}.npz", kwargs) for kwargs in grid]
+    units = [(Path(folder) / function.__name__ / f"{_key(function, kwargs, base)}.npz", kwargs)
+             for kwargs in (grid.values() if isinstance(grid, Mapping) else grid)]
     results, jobs = {path: _load(path) for path, _ in units}, max(1, min(jobs, len(units)))
     for path, result in results.items():
         _EARLIER.setdefault(path, result["seconds"] / jobs if result else 0.0)
@@ -56,7 +59,8 @@ def run(function, grid, *, folder, n_jobs=None, label="", data=None) -> list[dic
         for path in tqdm(done, label or function.__name__, len(results), initial=len(results) - len(todo), unit="unit",
                          file=sys.stdout, ncols=80):
             results[path] = _load(path)
-    return [results[path] for path, _ in units]
+    found = [results[path] for path, _ in units]
+    return dict(zip(grid, found, strict=True)) if isinstance(grid, Mapping) else found
 
 
 def earlier_seconds() -> float:

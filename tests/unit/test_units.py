@@ -104,6 +104,17 @@ def test_results_come_in_the_order_of_the_grid_and_are_run_once(tmp_path):
     assert units.run(square, [], folder=tmp_path) == []
 
 
+def test_a_mapping_of_units_gives_a_mapping_of_results(tmp_path):
+    log = tmp_path / "log"
+    grid = {key: {"x": x, "log": str(log)} for key, x in ((("a", 3), 3), (None, 1), (0.5, 3))}
+    found = units.run(square, grid, folder=tmp_path, n_jobs=1)
+    assert list(found) == list(grid) and [one["value"] for one in found.values()] == [9, 1, 9]
+    again = units.run(square, list(grid.values()), folder=tmp_path, n_jobs=1)
+    assert all(map(equal, again, found.values()))
+    assert calls(log) == [1, 3], "the keys of the mapping are no part of a unit's"
+    assert units.run(square, {}, folder=tmp_path) == {}
+
+
 def test_each_type_comes_back_as_it_went_the_first_time_and_later(tmp_path):
     expected = everything() | {"float32": float(np.float32(0.1)), "int64": 3, "float32s": [0.5], "bool_": False}
     for _ in range(2):
