@@ -58,7 +58,8 @@ def difference(check, a, b, limit=0.0, relation=">="):
 def _mean_difference(check, a, b, limit, relation):
     each = (a.astype(float) - b).mean(axis=0)
     reach = scipy.stats.t.ppf(0.5 + CONFIDENCE / 2, max(1, len(each) - 1)) * each.std(ddof=1) / len(each) ** 0.5
-    return flag(check, each.mean(), limit, relation, each.size, each.mean() - reach, each.mean() + reach)
+    low, high = max(-1.0, each.mean() - reach), min(1.0, each.mean() + reach)  # differences of shares go no further
+    return flag(check, each.mean(), limit, relation, each.size, low, high)
 
 
 def _answers(name, values):

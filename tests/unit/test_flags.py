@@ -68,6 +68,14 @@ def test_several_seeds_are_averaged_by_image():
     assert five == pytest.approx(once)
 
 
+def test_no_interval_goes_beyond_what_shares_can_differ_by():
+    a = np.ones((2, 5), bool)
+    b = np.zeros((2, 5), bool)
+    b[:, 0] = True
+    row = flags.difference("x", a, b)
+    assert row["measured"] == pytest.approx(0.8) and row["high"] == 1 and flags.difference("x", b, a)["low"] == -1
+
+
 def test_a_value_without_an_interval():
     assert flags.flag("x", 0.5, 0.4, ">=", 3)["passed"] and not flags.flag("x", 0.5, 0.4, "<=", 3)["passed"]
     row = flags.flag("x", 0.5, 0.4, "<=", 3, low=0.3, high=0.6)
