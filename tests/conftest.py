@@ -31,6 +31,20 @@ pixel = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQG
 about = {"alt": 'It falls: from "0.9" to 0.1 # really', "caption": "A **caption**."}
 display({"image/png": pixel}, raw=True, metadata={"image/png": about})
 display({"text/markdown": "Text after the figure."}, raw=True)"""
+PAPERMILL = """import sys, tempfile, papermill
+from traitlets.config import Config
+with tempfile.TemporaryDirectory() as folder:
+    sockets = Config(KernelManager={"transport": "ipc", "ip": f"{folder}/kernel"})
+    papermill.execute_notebook(sys.argv[1], "executed.ipynb", {"PROFILE": "smoke"}, kernel_name="python3",
+                               progress_bar=False, start_timeout=600, iopub_timeout=600, config=sockets)"""
+
+
+def papermill(notebook, cwd, environment):
+    """Execute a notebook in profile smoke by papermill alone, to executed.ipynb in the folder `cwd`."""
+    done = subprocess.run([sys.executable, "-c", PAPERMILL, notebook], cwd=cwd, env=environment, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, f"{notebook}:\n{done.stdout}\n{done.stderr}"
+
 
 def command(*arguments, cwd, **environment):
     """Run `python -m helpers ...` in a checkout and return the finished process."""

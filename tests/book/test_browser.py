@@ -72,6 +72,7 @@ def visit(browser, folder, server):
 
     def open_page(path, query="", size="desktop", mode="light"):
         window = browser.new_context(viewport=SIZES[size], color_scheme=mode, has_touch=size == "phone")
+        window.set_default_timeout(300_000)  # 30 s, the browser's own limit, passes on a busy machine
         windows.append(window)
         page, wrong = window.new_page(), []
         page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
@@ -187,7 +188,7 @@ def test_every_chapter_has_a_slider(site, folder, visit):
 
 def test_search_finds_gradient_masking(folder, visit):
     page, wrong = visit(folder / "search.html", "?q=gradient+masking")
-    page.wait_for_selector("#search-results li a", timeout=10000)
+    page.wait_for_selector("#search-results li a")
     assert "primer" in page.locator("#search-results").inner_html() and not wrong
 
 

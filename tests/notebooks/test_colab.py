@@ -19,6 +19,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from conftest import papermill
 from filelock import FileLock
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -101,11 +102,6 @@ def variables(base):
     }
 
 
-def execute(notebook, cwd, environment):
-    papermill = [sys.executable, "-m", "papermill", "--kernel", "python3", "--parameters", "PROFILE", "smoke"]
-    run(*papermill, notebook, "executed.ipynb", cwd=cwd, env=environment)
-
-
 @pytest.fixture(scope="session")
 def colab(shared):
     """Folder with Colab's environment, in which the set-up cell has run, and what pip listed before and after."""
@@ -120,7 +116,7 @@ def colab(shared):
             first.cells = next([cell] for cell in first.cells if cell.cell_type == "code")
             nbformat.write(first, base / "first.ipynb")
             before = run(*freeze, env=environment).splitlines()
-            execute("first.ipynb", base, environment | {"PYTHONPATH": str(base / "stub")})
+            papermill("first.ipynb", base, environment | {"PYTHONPATH": str(base / "stub")})
             after = run(*freeze, env=environment).splitlines()
             (base / "installed.json").write_text(json.dumps([commit, before, after]), encoding="utf-8")
     return base
@@ -147,7 +143,7 @@ def test_chapter_runs_alone_with_the_installed_helpers(chapter, tmp_path, smoke,
             shutil.copytree(made.output / folder, tmp_path / "_build" / folder)
     units = set(tmp_path.rglob("*.npz"))
     shutil.copy(chapter, tmp_path)
-    execute(chapter.name, tmp_path, variables(colab))
+    papermill(chapter.name, tmp_path, variables(colab))
     imported = run(colab / "venv/bin/python", "-c", "import helpers; print(helpers.__file__)", env=variables(colab))
     assert Path(imported).is_relative_to(colab / "venv")
     record = json.loads((tmp_path / "_build" / "results" / chapter.stem / "smoke.json").read_text(encoding="utf-8"))

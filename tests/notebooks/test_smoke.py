@@ -1,9 +1,10 @@
 """Every chapter runs from nothing in profile smoke: embedded data, no network, and its record is complete."""
 
+import os
+
 import nbformat
-import papermill
 import pytest
-from conftest import ROOT
+from conftest import ROOT, papermill
 
 from helpers.book import Book
 from helpers.execution import failures
@@ -32,9 +33,7 @@ def test_chapter(smoke, chapter):
 
 
 @pytest.mark.slow
-def test_the_template_of_a_chapter_runs_and_is_not_in_the_book(tmp_path, monkeypatch):
-    monkeypatch.setenv("HELPERS_OUTPUT", str(tmp_path))
-    papermill.execute_notebook(ROOT / "notebooks/template.ipynb", tmp_path / "run.ipynb", {"PROFILE": "smoke"},
-                               kernel_name="python3", cwd=tmp_path, progress_bar=False)
+def test_the_template_of_a_chapter_runs_and_is_not_in_the_book(tmp_path):
+    papermill(ROOT / "notebooks/template.ipynb", tmp_path, os.environ | {"HELPERS_OUTPUT": str(tmp_path)})
     assert Record.load(tmp_path / "results/00_template/smoke.json").profile == "smoke"
     assert "template" not in CHAPTERS
