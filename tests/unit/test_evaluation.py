@@ -332,6 +332,12 @@ def test_images_seen_before_are_found():
     assert not evaluation.seen(X, X + np.float32(1e-3)).any()
 
 
+def test_a_detector_that_was_fitted_on_test_images_is_flagged():
+    clean = flags.share("test images fitted on", evaluation.seen(X[:30], X[30:]), 0.0, "<=")
+    leaking = flags.share("test images fitted on", evaluation.seen(X[:30], X[29:]), 0.0, "<=")
+    assert clean["passed"] and not leaking["passed"]  # one image is enough
+
+
 # ── The sanity checks ──
 
 QUICK = {"steps": 10, "queries": 60}
