@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, model_validator
 from helpers import __version__, files
 from helpers.checks import known
 from helpers.profiles import PROFILES
-from helpers.units import PACKAGES, earlier_seconds, versions
+from helpers.units import NO_COMPUTE, PACKAGES, earlier_seconds, versions
 
 _VERDICTS = ("reproduced", "undecided", "direction", "not-reproduced", "not-testable")  # from the best to the worst
 _FACTOR = 3  # a rate that is so many times the paper's, or a part of it, has not even its direction
@@ -116,8 +116,9 @@ class Curve(_Strict):
 
 
 def helpers_sha256() -> str:
-    """Return one SHA-256 of the helpers' source: of what `sha256sum *.py` prints in their folder."""
-    sums = (f"{files.sha256(path)}  {path.name}\n" for path in sorted(_PACKAGE.glob("*.py")))
+    """Return one SHA-256 of the source of the helpers that compute numbers: of what `sha256sum` prints of them."""
+    computing = (path for path in sorted(_PACKAGE.glob("*.py")) if path.stem not in NO_COMPUTE)
+    sums = (f"{files.sha256(path)}  {path.name}\n" for path in computing)
     return hashlib.sha256("".join(sums).encode()).hexdigest()
 
 

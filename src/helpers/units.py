@@ -25,7 +25,7 @@ from helpers import files
 
 PACKAGES = ("numpy", "scipy", "scikit-learn", "scikit-image", "tensorflow", "keras")  # which may change a result
 _EARLIER = {}  # path of a unit: seconds, shared among the cores, that an earlier run spent on it
-_NO_COMPUTE = {"__init__", "__main__", "address", "book", "cli", "execution", "figures", "files", "profiles", "records",
+NO_COMPUTE = {"__init__", "__main__", "address", "book", "cli", "execution", "figures", "files", "profiles", "records",
                "site", "units"}
 
 
@@ -169,7 +169,7 @@ def _helpers(modules):
         package, _, name = todo.pop().partition(".")
         if package == "helpers":  # the package itself may stand for any of its modules
             for path in Path(__file__).parent.glob(f"{name.partition('.')[0] or '*'}.py"):
-                if path.stem not in _NO_COMPUTE | found.keys():
+                if path.stem not in NO_COMPUTE | found.keys():
                     found[path.stem] = _bare(path.read_text(encoding="utf-8"))
                     todo |= _imported(found[path.stem])
     return sorted(found.items())

@@ -83,6 +83,14 @@ def test_set_up_cell_is_the_same_everywhere():
     assert len(setup(SOURCES[0]).splitlines()) <= 15
 
 
+def test_set_up_cell_says_what_to_do_where_the_helpers_are_not_there(monkeypatch):
+    plain = "\n".join(line for line in setup(SOURCES[0]).splitlines() if "%pip" not in line)
+    exec(plain, {})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="make book.*make address"):
+        exec(plain, {})
+
+
 @every_chapter
 def test_set_up_cell_installs_what_the_launch_button_opens(path):
     """Both name the repository of _config.yml, and one ref: chapter and helpers on Colab are of one version."""
