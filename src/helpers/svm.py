@@ -88,6 +88,8 @@ def _distances(h, vectors, norms, there, back):
 
 
 # ── Fitting ──
+# By hand, since scikit-learn's OneVsRestClassifier and cross_val_predict need as many lines on a kernel matrix and a
+# third more time for scores out of fold: their scores are a sum over support vectors, ours a matrix product.
 
 
 def squared_distances(a, rows=512, label=None):

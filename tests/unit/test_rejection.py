@@ -8,6 +8,8 @@ import pytest
 import tensorflow as tf
 from keras import layers
 from scipy.special import expit
+from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_predict
+from sklearn.multiclass import OneVsRestClassifier
 from sklearn.svm import SVC
 
 from helpers import adaptive, attacks, models, rejection
@@ -83,6 +85,19 @@ def test_decision_values_are_those_of_scikit_learn(C, gamma):
     for k in range(CLASSES):
         theirs = SVC(C=C, gamma=gamma, tol=1e-4).fit(h.astype("float64"), y == k)
         np.testing.assert_allclose(ours[:, k], theirs.decision_function(new.astype("float64")), atol=1e-4)
+
+
+def test_duals_folds_and_grid_are_those_of_scikit_learn_on_the_same_kernel():
+    (h, y), folds = blobs(), StratifiedKFold(5, shuffle=True, random_state=0)
+    distances = svms.squared_distances(h)
+    gram, theirs = svms.kernel(distances, 0.2), OneVsRestClassifier(SVC(kernel="precomputed", tol=1e-4))
+    weights, bias = svms.duals(gram, y, 1.0)
+    np.testing.assert_allclose(gram @ weights + bias, theirs.fit(gram, y).decision_function(gram), atol=1e-12)
+    np.testing.assert_allclose(svms.out_of_fold(gram, y, 1.0),
+                               cross_val_predict(theirs, gram, y, cv=folds, method="decision_function"), atol=1e-12)
+    search = GridSearchCV(theirs, {"estimator__C": [0.01, 1.0]}, cv=folds, refit=False).fit(gram, y).cv_results_
+    np.testing.assert_allclose(svms.grid_search(distances, y, [0.01, 1.0], [0.2])[0],
+                               np.stack([search[f"split{fold}_test_score"] for fold in range(5)], axis=1))
 
 
 def test_only_support_vectors_are_kept():
