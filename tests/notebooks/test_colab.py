@@ -139,7 +139,8 @@ def test_chapter_runs_alone_with_the_installed_helpers(chapter, tmp_path, smoke,
         made = smoke(chapter.stem)
         if failures(made):
             pytest.skip("its smoke run failed, which is a test of its own")
-        for folder in ("networks", "defences", f"units/{chapter.stem}"):
+        shutil.copytree(made.output / f"units/{chapter.stem}", tmp_path / f"_build/units/{chapter.stem}")
+        for folder in {"networks", "defences"} & {path.name for path in made.output.iterdir()}:
             shutil.copytree(made.output / folder, tmp_path / "_build" / folder)
     units = set(tmp_path.rglob("*.npz"))
     shutil.copy(chapter, tmp_path)
