@@ -12,6 +12,7 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import scipy.optimize
 import tensorflow as tf
 
@@ -538,6 +539,51 @@ def square(model, x, y, threat, *, queries=5000, start=None, goal=margin, batch_
         _advance(loop, active, batch_size, (found.images, found.value), (x, y), threat.eps, _hills(side, h, w), side,
                  seed, done, count)
         found.steps[active] += count
+    return found
+
+
+# ── The standard set ──
+
+
+STANDARD = {  # cheap ones first: each attacks what those before it left
+    "PGD on the margin": partial(apgd, loss="margin", steps=20),
+    "APGD on the cross-entropy": partial(apgd, steps=100),
+    "APGD through wider balls": partial(apgd, steps=100, radii=(3, 2, 1)),
+    "APGD-T": partial(apgd, loss="targeted dlr", steps=100),
+    "FAB-T": partial(fab, steps=100),
+    "Square": partial(square, queries=5000),
+}
+
+
+def standard(model, x, y, threat, *, attacks=None, surrogate=None, goal=margin, batch_size=500, seed=0):
+    """A set of attacks after the manner of AutoAttack (Croce & Hein 2020): each on what those before it left.
+
+    attacks : name -> attack, called as `apgd` is; default `STANDARD`. The last begins from the best images so far.
+    surrogate : a network of the same kind, trained apart, from which images are transferred before the last attack.
+    Returns `Found`, the worst case of every image, and a table: (attack, images, beaten, steps) of each in its turn.
+    """
+    y, found = _opening(model, x, y, threat, None, goal, batch_size)
+    rows, attacks = [("none", len(x), int((found.value > 0).sum()), 0)], list((attacks or STANDARD).items())
+    if surrogate is not None:
+        attacks.insert(-1, ("transfer", partial(transfer, surrogate=surrogate)))
+    for number, (name, attack) in enumerate(attacks, start=1):
+        left = found.left()
+        if not left.size:
+            break
+        start = found.images[left] if number == len(attacks) else None
+        part = attack(model, x[left], y[left], threat, start=start, goal=goal, batch_size=batch_size, seed=seed)
+        found.offer(part.images, part.value, left)
+        found.steps[left] += part.steps
+        rows.append((name, len(left), len(left) - len(found.left()), int(part.steps.sum())))
+    return found, pd.DataFrame(rows, columns=["attack", "images", "beaten", "steps"])
+
+
+def transfer(model, x, y, threat, *, surrogate, steps=50, start=None, goal=margin, batch_size=500, seed=0):
+    """Images made against a `surrogate`, PGD on its margin, and tried on the model: no gradient of the model's own."""
+    y, found = _opening(model, x, y, threat, start, goal, batch_size, steps=steps)
+    made = pgd(surrogate, x, y, threat, steps=steps, losses=("margin",), goal=goal, batch_size=batch_size, seed=seed)
+    found.offer(made, _values(goal, model, made, y, batch_size), np.arange(len(x)))
+    found.steps[:] = steps
     return found
 
 

@@ -1,0 +1,202 @@
+"""The evaluation's own tests: weak attacks and masked networks are told from a strong attack on an honest network."""
+
+from functools import partial
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+from helpers import attacks, flags, soundness
+from helpers.threat import ThreatModel
+from helpers.training import fit
+
+SHAPE = (6, 6, 1)
+
+
+def toy(n, seed=0):
+    """Images of three classes: the upper, the lower or the left half is lighter, under noise."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % 3
+    x = rng.uniform(0, 0.8, (n, *SHAPE))
+    x[y == 0, :3] += 0.2
+    x[y == 1, 3:] += 0.2
+    x[y == 2, :, :3] += 0.2
+    return x.astype("float32"), y
+
+
+X, Y = toy(16, seed=1)
+THREATS = [ThreatModel("linf", 0.1), ThreatModel("l2", 0.6)]
+either_norm = pytest.mark.parametrize("threat", THREATS, ids=["linf", "l2"])
+
+
+@pytest.fixture(scope="module")
+def network():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([
+        layers.Input(SHAPE), layers.Conv2D(8, 3, activation="relu"), layers.Flatten(),
+        layers.Dense(24, activation="relu"), layers.Dense(3),
+    ])  # fmt: skip
+    fit(model, *toy(600), epochs=15, batch_size=50, learning_rate=5e-3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def loud(network):
+    """Logits times a thousand: the softmax saturates, and the cross-entropy has no gradient."""
+
+    def model(x):
+        return 1000 * network(x, training=False)
+
+    model.randomised = False
+    return model
+
+
+def strong(model, x, y, threat):
+    return attacks.apgd(model, x, y, threat, steps=40, restarts=3)
+
+
+def one_step(model, x, y, threat):
+    return attacks.pgd(model, x, y, threat, steps=1, step_size=threat.eps / 4, start=x)
+
+
+def tiny_steps(model, x, y, threat):
+    return attacks.pgd(model, x, y, threat, steps=5, step_size=1e-3, start=x)
+
+
+def wrong_sign(model, x, y, threat):
+    return attacks.pgd(model, x, y, threat, steps=20, losses=(lambda z, y: -attacks.margin(z, y),), start=x)
+
+
+def saturated(model, x, y, threat):
+    return attacks.pgd(model, x, y, threat, steps=20)
+
+
+def raised(rows):
+    return {row["check"].removeprefix("indicator: ") for row in flags.raised(rows)}
+
+
+# ── The binarization test ──
+
+
+@either_norm
+def test_the_strong_attack_passes_the_binarization_test(network, threat):
+    rows = soundness.binarization(network, strong, X, threat, draws=50)
+    assert [row["passed"] for row in rows] == [True, True] and rows[0]["measured"] >= 0.95
+    assert rows[0]["n"] == rows[1]["n"] > 12
+    assert rows == soundness.binarization(network, strong, X, threat, draws=50)
+
+
+@either_norm
+@pytest.mark.parametrize("weak", [one_step, tiny_steps, wrong_sign])
+def test_weak_attacks_fail_the_binarization_test(network, weak, threat):
+    success, by_chance = soundness.binarization(network, weak, X, threat, draws=50)
+    assert not success["passed"] and by_chance["passed"], (success, by_chance)
+
+
+def test_an_attack_on_a_masked_network_fails_the_binarization_test(network, loud):
+    """The readout's logits spread as widely as the network's, and so it is masked like the network."""
+    features, threat = soundness._features(network), THREATS[1]
+    masked, seen = (soundness.binarization(loud, attack, X, threat, features=features)[0]
+                    for attack in (saturated, strong))  # fmt: skip
+    assert not masked["passed"] and seen["passed"]
+
+
+def test_what_leaves_the_ball_is_no_success(network):
+    def outside(model, x, y, threat):
+        return strong(model, x, y, ThreatModel(threat.norm, 4 * threat.eps)).images
+
+    assert soundness.binarization(network, outside, X, THREATS[1])[0]["measured"] < 0.5
+
+
+@either_norm
+def test_the_points_of_the_binarization_test_lie_where_they_should(threat):
+    for image in (X[:1], np.zeros((1, *SHAPE), "float32"), np.ones((1, *SHAPE), "float32")):
+        within, at_eps = soundness._points(image, threat, 20, np.random.default_rng(0))
+        np.testing.assert_array_equal(within[:1], image)
+        assert threat.distance(within, np.repeat(image, 20, axis=0)).max() <= 0.95 * threat.eps + 1e-6
+        np.testing.assert_allclose(threat.distance(at_eps, image), threat.eps, rtol=1e-4)
+        assert min(within.min(), at_eps.min()) >= 0 and max(within.max(), at_eps.max()) <= 1
+
+
+def test_the_boundary_lies_close_to_the_point_at_eps_and_the_logits_spread_as_told():
+    rng = np.random.default_rng(0)
+    inner, outer = rng.normal(size=(9, 12)).astype("float32"), rng.normal(size=(1, 12)).astype("float32")
+    readout = soundness.Readout(lambda x: x, 12)
+    assert readout.fit(inner, outer, 7.0, 0.99)
+    z = readout(np.vstack([inner, outer])).numpy()
+    score = z[:, 1] - z[:, 0]
+    assert (score[:-1] < 0).all() and 0 < score[-1] < 0.02 * 7 and 7 <= np.ptp(score) <= 14.1
+    assert not readout.fit(np.vstack([inner, outer]), outer, 7.0, 0.99)  # the same point within and at eps
+
+
+def test_features_that_tell_nothing_are_named(network):
+    def nothing(x):
+        return 0 * tf.reshape(x, (-1, 36))
+
+    with pytest.raises(ValueError, match="on none of 16 images .*; expected fewer `inner` points or other `features`"):
+        soundness.binarization(network, strong, X, THREATS[0], features=nothing)
+
+
+# ── The indicators of attack failure ──
+
+
+@either_norm
+def test_the_strong_attack_raises_no_indicator(network, threat):
+    rows = soundness.indicators(network, strong, X, Y, threat)
+    assert len(rows) == 6 and not raised(rows), rows
+
+
+@pytest.mark.parametrize(("attack", "expected"), [
+    (one_step, "incomplete optimisation"), (tiny_steps, "incomplete optimisation"),
+    (wrong_sign, "unconstrained failure"),
+])  # fmt: skip
+def test_a_weak_attack_raises_an_indicator(network, attack, expected):
+    assert expected in raised(soundness.indicators(network, attack, X, Y, ThreatModel("l2", 0.05)))
+
+
+def test_a_masked_network_raises_an_indicator(loud):
+    assert "unavailable gradients" in raised(soundness.indicators(loud, saturated, X, Y, THREATS[1]))
+    assert "unavailable gradients" not in raised(soundness.indicators(loud, strong, X, Y, THREATS[1]))
+
+
+def test_an_attack_that_forgets_its_success_raises_an_indicator(network):
+    def forgets(model, x, y, threat):
+        attacks.apgd(model, x, y, threat, steps=20)
+        return x
+
+    def wins_outside(model, x, y, threat):
+        attacks.apgd(model, x, y, ThreatModel("l2", 3.0), steps=20)
+        return x
+
+    assert "silent success" in raised(soundness.indicators(network, forgets, X, Y, THREATS[1]))
+    assert "silent success" not in raised(soundness.indicators(network, wins_outside, X, Y, ThreatModel("l2", 0.01)))
+
+
+def test_what_wins_on_another_network_only_raises_an_indicator(network):
+    def deployed(x):
+        return network(tf.round(x), training=False)
+
+    deployed.randomised = False
+    rows = soundness.indicators(deployed, strong, X, Y, ThreatModel("l2", 0.3), path=network)
+    assert "transfer failure" in raised(rows)
+    assert "transfer failure" not in raised(soundness.indicators(network, strong, X, Y, THREATS[1], path=network))
+
+
+def test_predictions_that_jump_raise_an_indicator(network):
+    def rippled(x):
+        ripple = tf.math.sin(1e4 * tf.reduce_sum(x, axis=(1, 2, 3)))[:, None]
+        return network(x, training=False) + 3 * ripple * [0.0, 1, 2]
+
+    rippled.randomised = False
+    assert "unstable predictions" in raised(soundness.indicators(rippled, strong, X, Y, THREATS[1]))
+
+
+def test_images_that_are_wrong_anyway_are_left_out(network):
+    y = Y.copy()
+    y[:6] = (y[:6] + 1) % 3
+    rows = soundness.indicators(network, partial(attacks.apgd, steps=5), X, y, THREATS[1])
+    assert {row["n"] for row in rows} == {len(X) - 6}
+    with pytest.raises(ValueError, match="all 6 images win without an attack"):
+        soundness.indicators(network, strong, X[:6], y[:6], THREATS[1])
