@@ -1,5 +1,7 @@
 """The attacks: inside the threat model, exact where an answer is known, repeatable, harmless to the network."""
 
+from functools import partial
+
 import hypothesis.extra.numpy as arrays
 import hypothesis.strategies as st
 import keras
@@ -933,3 +935,27 @@ def test_more_steps_of_ddn_are_not_worse_and_batches_do_not_matter():
     assert 0 < many <= few + 1e-4
     small = attacks.ddn(NET, X, y, steps=20, batch_size=5)
     np.testing.assert_allclose(small, attacks.ddn(NET, X, y, steps=20), atol=1e-4)
+
+
+# ── The standard set ──
+
+
+def test_the_standard_set_keeps_the_worst_case_and_counts_who_was_beaten_by_what():
+    few = {"one step": partial(attacks.apgd, loss="margin", steps=1), "Square": partial(attacks.square, queries=20),
+           "APGD-T": partial(attacks.apgd, loss="targeted dlr", steps=15)}  # fmt: skip
+    y, threat = logits(NET, X).argmax(axis=1), ThreatModel("linf", 0.3)
+    found, table = attacks.standard(NET, X, y, threat, attacks=few, surrogate=LINEAR)
+    assert threat.contains(found.images, X).all()
+    np.testing.assert_allclose(found.value, attacks.margin(logits(NET, found.images), y), atol=1e-5)
+    assert table["attack"].tolist() == ["none", "one step", "Square", "transfer", "APGD-T"][: len(table)]
+    assert table["beaten"].sum() == (found.value > 0).sum() and table["beaten"][0] == 0
+    np.testing.assert_array_equal(table["images"][2:], N - table["beaten"].cumsum()[1:-1])
+    again, _ = attacks.standard(NET, X, y, threat, attacks=few, surrogate=LINEAR)
+    np.testing.assert_array_equal(again.images, found.images)
+
+
+def test_the_standard_set_leaves_alone_what_is_wrong_without_it():
+    y = (logits(NET, X).argmax(axis=1) + 1) % 3
+    found, table = attacks.standard(NET, X, y, ThreatModel("l2", 0.3))
+    np.testing.assert_array_equal(found.images, X)
+    assert table.to_dict("records") == [{"attack": "none", "images": N, "beaten": N, "steps": 0}]
