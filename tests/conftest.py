@@ -55,6 +55,7 @@ def command(*arguments, cwd, **environment):
 def pytest_collection_modifyitems(config, items):
     """Put a part of the slow tests at the start of each worker's share: none is left for the end."""
     slow, fast = ([item for item in items if bool(item.get_closest_marker("slow")) == mark] for mark in (True, False))
+    slow.sort(key=lambda item: "test_smoke" not in item.nodeid)  # others go on from these runs, and would wait for them
     workers = getattr(config, "workerinput", {}).get("workercount", 1)
     ends = [len(fast) * n // workers for n in range(workers + 1)]
     items[:] = [item for n in range(workers) for item in slow[n::workers] + fast[ends[n]:ends[n + 1]]]
