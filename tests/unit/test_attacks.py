@@ -393,7 +393,7 @@ def test_a_function_is_attacked_like_the_network_it_calls(name):
 
 def test_a_function_may_compute_in_float64():
     y = np.zeros(N, int)
-    for name in ("fgsm", "pgd-l2", "square"):
+    for name in ("fgsm", "pgd-l2", "apgd-l2", "square-linf"):
         x_adv = ATTACKS[name](lambda x: tf.cast(LINEAR(x), tf.float64), X, y, 0.1)
         np.testing.assert_allclose(x_adv, ATTACKS[name](LINEAR, X, y, 0.1), atol=1e-5)
 

@@ -292,7 +292,7 @@ def test_the_file_follows_the_schema_of_the_design(tmp_path):
     path = full_record().save(tmp_path)
     assert path == tmp_path / "results" / CHAPTER / "quick.json"
     content = json.loads(path.read_text())
-    assert list(content) == ["chapter", "profile", "created", "provenance", "claims", "tables", "curves"]
+    assert list(content) == ["chapter", "profile", "created", "provenance", "claims", "flags", "tables", "curves"]
     assert content["claims"] == [
         {"id": ACCURACY, "ours": {"mean": 0.625, "sd": pytest.approx(0.1767767), "n": 2, "values": [0.5, 0.75]},
          "verdict": "not-reproduced", "note": "fewer images"},
