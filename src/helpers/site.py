@@ -39,12 +39,12 @@ def publish(book: Book, chapter: str) -> None:
     (ran, record), (executed, paper) = book.run(chapter), book.committed(chapter)
     if not same_code(nbformat.read(ran, 4), book.source(chapter)):
         raise BookError(f"{chapter}: the notebook's code has changed since {ran} was run")
-    if missing := [str(flag) for flag in Record.load(record).raised() if flag.name not in _explained(book, chapter)]:
-        raise BookError(f"{chapter}: raised flags that no sentence explains:\n  " + "\n  ".join(missing) +
-                        "\nFind out why; where it is a finding, say so in book/flags.yml, and run this again.")
     text = nbformat.writes(_page(book, chapter, ran)) + "\n"
     if (size := len(text.encode())) > MAX_BYTES:
         raise BookError(f"{chapter}: the executed copy has {size:,} bytes, more than {MAX_BYTES:,}")
+    if missing := [str(flag) for flag in Record.load(record).raised() if flag.name not in _explained(book, chapter)]:
+        raise BookError(f"{chapter}: raised flags that no sentence explains:\n  " + "\n  ".join(missing) +
+                        "\nFind out why; where it is a finding, say so in book/flags.yml, and run this again.")
     for path, content in ((executed, text), (paper, record.read_text(encoding="utf-8"))):
         with atomic(path) as temporary:
             temporary.write_text(content, encoding="utf-8")
