@@ -12,6 +12,7 @@ from helpers.threat import ThreatModel, diameter
 
 GRADIENT_ERROR = 1e-3  # relative; differences in float64 are right to about 1e-7
 
+
 def logits(model, x, batch_size=250):
     """Logits (n, classes) float32 of images `x` (n, h, w, c) in test mode, in batches."""
     check_images(x)

@@ -42,7 +42,8 @@ def publish(book: Book, chapter: str) -> None:
     text = nbformat.writes(_page(book, chapter, ran)) + "\n"
     if (size := len(text.encode())) > MAX_BYTES:
         raise BookError(f"{chapter}: the executed copy has {size:,} bytes, more than {MAX_BYTES:,}")
-    if missing := [str(flag) for flag in Record.load(record).raised() if flag.name not in _explained(book, chapter)]:
+    explained = _explained(book, chapter)
+    if missing := [str(flag) for flag in Record.load(record).raised() if flag.name not in explained]:
         raise BookError(f"{chapter}: raised flags that no sentence explains:\n  " + "\n  ".join(missing) +
                         "\nFind out why; where it is a finding, say so in book/flags.yml, and run this again.")
     for path, content in ((executed, text), (paper, record.read_text(encoding="utf-8"))):
@@ -107,7 +108,7 @@ def ledger(book: Book) -> pd.DataFrame:
     found = {outcome.id: outcome for record in kept.values() for outcome in record.claims}
     doubts = {outcome.id: record.raised(outcome.id) for record in kept.values() for outcome in record.claims}
     frame = compare(dict.fromkeys(known) | found, doubts)
-    sound = {outcome.id: "not recorded" if record.flags is None else "no" if record.raised(outcome.id) else "yes"
+    sound = {outcome.id: "not recorded" if record.flags is None else "no" if doubts[outcome.id] else "yes"
              for record in kept.values() for outcome in record.claims}
     frame.insert(0, "Title", [f"{name[:2]} {papers[name[:2]]['short']}" for name in frame["Claim"]])
     frame["Sound"] = [sound.get(name, "") for name in frame["Claim"]]
