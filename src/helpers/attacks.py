@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from helpers.checks import check_images, check_labels, check_positive, known
 from helpers.losses import LOSSES, TARGETED, cross_entropy, margin, minus_logit, targeted_margin  # noqa: F401
-from helpers.models import check_logits, graph_of, inference, own_graph, predict, randomised, traced
+from helpers.models import check_logits, graph_of, inference, inner_graph, predict, traced
 from helpers.threat import ThreatModel, diameter, lengths, onto_plane, projection
 
 
@@ -40,11 +40,6 @@ def _network(model):
     return lambda x: tf.cast(inference(model)(x), tf.float32)
 
 
-def _inner(function, model):
-    """`function`, which calls `model`, for use in a compiled loop."""
-    return function if randomised(model) else own_graph(function)
-
-
 def _compile_loop(model, shape, norm, bounds, loss, targeted, goal):
     """Compile `steps` ascent steps for one network; sizes, eps and step size stay tensors, so nothing is retraced.
 
@@ -59,7 +54,7 @@ def _compile_loop(model, shape, norm, bounds, loss, targeted, goal):
     def gradient_of(x_adv, y):
         return input_gradient(_network(model), LOSSES.get(loss, loss), x_adv, y)
 
-    gradient_of = _inner(gradient_of, model)
+    gradient_of = inner_graph(gradient_of, model)
 
     def loop(x_adv, x, y, best, best_score, eps, step_size, steps):
         project = projection(x, norm, eps, bounds)
@@ -254,7 +249,7 @@ def _compile_climb(model, shape, norm, bounds, loss, goal):
         losses = (lambda z, y: TARGETED[loss](z, y, target)) if loss in TARGETED else LOSSES.get(loss, loss)
         return input_gradient(_network(model), losses, x_adv, y)
 
-    gradient_of = _inner(gradient_of, model)
+    gradient_of = inner_graph(gradient_of, model)
 
     def loop(current, before, gradient, top, top_gradient, best, size, last, top_loss, rises, value,
              x, y, target, eps, steps):  # fmt: skip
@@ -364,8 +359,8 @@ def _compile_fab(model, shape, norm, bounds, goal):
     def gradient_of(x_adv, y, target):
         return input_gradient(_network(model), lambda z, y: targeted_margin(z, y, target), x_adv, y)[:2]
 
-    gradient_of = _inner(gradient_of, model)
-    score_of = _inner(lambda x_adv, y: goal(_network(model)(x_adv), y), model)
+    gradient_of = inner_graph(gradient_of, model)
+    score_of = inner_graph(lambda x_adv, y: goal(_network(model)(x_adv), y), model)
 
     def loop(current, best, length, x, y, target, steps):
         for _ in tf.range(steps):
@@ -465,7 +460,7 @@ def _compile_square(model, shape, norm, bounds, goal):
     image, number = tf.TensorSpec((None, *shape), tf.float32), tf.TensorSpec((None,), tf.float32)
     (h, w, channels), whole = shape, tf.TensorSpec((), tf.int32)
 
-    score_of = _inner(lambda x_adv, y: goal(_network(model)(x_adv), y), model)
+    score_of = inner_graph(lambda x_adv, y: goal(_network(model)(x_adv), y), model)
 
     def length(change, axis):
         return tf.sqrt(tf.reduce_sum(change**2, axis=axis, keepdims=True)) + 1e-12

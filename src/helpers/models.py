@@ -253,6 +253,11 @@ def own_graph(function):
     return tf.function(function, experimental_attributes={"_noinline": True})
 
 
+def inner_graph(function, model):
+    """`own_graph` of `function`, which calls `model`, or itself where the model is `randomised`."""
+    return function if randomised(model) else own_graph(function)
+
+
 def predict(model, x, batch_size):
     """Outputs (n, ...) of `forward(model, x)` for images `x` that are known to be valid, in batches."""
     outputs = forward(model, x)

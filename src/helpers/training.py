@@ -10,7 +10,7 @@ from tqdm import tqdm
 from helpers.attacks import cross_entropy, input_gradient
 from helpers.checks import check_images, check_labels, check_positive
 from helpers.evaluation import score
-from helpers.models import check_logits, inference, own_graph, randomised, traced
+from helpers.models import check_logits, inference, inner_graph, traced
 from helpers.threat import ThreatModel, projection
 
 
@@ -99,7 +99,7 @@ def _epoch(model, x, y, batch_size, learning_rate, adversary):
         hits = tf.cast(tf.argmax(logits, axis=1) == labels, tf.float32)
         return tf.stack([tf.reduce_sum(losses), tf.reduce_sum(hits), tf.cast(tf.size(labels), tf.float32)])
 
-    step = step if randomised(model) else own_graph(step)
+    step = inner_graph(step, model)
 
     def epoch(order, seed):
         totals = tf.zeros(3)
