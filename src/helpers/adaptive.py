@@ -1,66 +1,47 @@
 """What an attacker adds who knows that the defence may refuse: the paper's Algorithm 1, and a strong attack.
 
-Both take a `rejection.Defence`, images `x` (n, h, w, c) float32 in [0, 1], true labels `y` and a `ThreatModel`. Evading
-means a wrong class that is not refused; being refused is no success.
+Both take a `rejection.Rejection`, images `x` (n, h, w, c) float32 in [0, 1], true labels `y` and a `ThreatModel`, and
+give back `Found`. Evading means a wrong class that is not refused; being refused is no success.
 """
 
 import gc
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from helpers import attacks
+from helpers import attacks, rejection
 from helpers.checks import check_images, check_labels, check_positive
 from helpers.closeness import squared_distances
+from helpers.defence import Path, answers
 from helpers.models import graph_of, traced
-from helpers.rejection import Defence, evaluate, load
+from helpers.rejection import margin
+from helpers.search import Found, input_gradient, opened
 from helpers.threat import projection
 
 
-@dataclass(frozen=True)
-class evasion:  # a value, not a closure: equal ones share their graphs
-    """Reject-aware margin (n,) as a function of (logits, y): best wrong class against the true one or refusing.
+class Dense(NamedTuple):
+    """`Outputs` of a defence with the log-density (n, classes) of each class at the image."""
 
-    `logits` are those of `Defence.logits`, classes + 1 columns a view; `view` picks the factor on gamma. Positive where
-    the defence is evaded (paper 01, Section 2.5.1: the pair max(s_i), max(s_j)).
-    """
-
-    classes: int
-    view: int = 0
-
-    def __call__(self, logits, y):
-        """Margin (n,) of `logits` for the true labels `y` (n,)."""
-        width = self.classes + 1
-        z = tf.convert_to_tensor(logits)[:, self.view * width : (self.view + 1) * width]
-        known = tf.one_hot(y, width, True, False) | (tf.range(width) == self.classes)
-        return tf.reduce_max(tf.where(known, -np.inf, z), axis=1) - tf.reduce_max(tf.where(known, z, -np.inf), axis=1)
+    logits: tf.Tensor
+    refusal: tf.Tensor
+    density: tf.Tensor
 
 
 @dataclass(frozen=True)
-class dense_evasion:
-    """`evasion` plus `weight` times the log-density of the best wrong class, from the columns after two views."""
+class dense_margin:  # a value, not a closure: equal ones share their graphs
+    """`rejection.margin` plus `weight` times the log-density of the best wrong class, of `Dense`."""
 
-    classes: int
     weight: float
 
-    def __call__(self, logits, y):
-        """Margin and density (n,) of `logits` for the true labels `y` (n,)."""
-        wrong = tf.where(tf.one_hot(y, self.classes, True, False), -np.inf, logits[:, : self.classes])
-        log_density = tf.gather(logits[:, 2 * (self.classes + 1) :], tf.argmax(wrong, axis=1), batch_dims=1)
-        return evasion(self.classes)(logits, y) + self.weight * log_density
-
-
-def _views(defence, width, density):
-    """The defence's logits beside those with a smoothed kernel, and the log-densities of the classes if wanted."""
-    def views(x):
-        logits = defence.logits(x, (1.0, width))
-        return logits if density is None else tf.concat([logits, density(x)], axis=1)
-
-    views.randomised = defence.randomised
-    return views
+    def __call__(self, outputs, y):
+        """Margin and density (n,) for the true labels `y` (n,)."""
+        true = tf.one_hot(y, tf.shape(outputs.logits)[1], True, False)
+        best = tf.argmax(tf.where(true, -np.inf, outputs.logits), axis=1)
+        return margin(outputs, y) + self.weight * tf.gather(outputs.density, best, batch_dims=1)
 
 
 def kernel_density(x, y, bandwidth):
@@ -80,6 +61,18 @@ def kernel_density(x, y, bandwidth):
     return log_density
 
 
+def dense(defence, density, weight):
+    """Path to `defence` that climbs `dense_margin`; `density` is from `kernel_density`."""
+    def build():
+        def outputs(x):
+            return Dense(*defence(x), density(x))
+
+        outputs.randomised = defence.randomised
+        return outputs
+
+    return Path(graph_of(defence, ("dense", density), build), (dense_margin(weight),))
+
+
 def strong(
     defence, x, y, threat, x_train, y_train, *, steps=200, restarts=4, width=0.3, density=None, weight=0.0,
     batch_size=500, seed=0, label=None,
@@ -92,44 +85,39 @@ def strong(
     `density`, from `kernel_density`, adds `weight` times the log-density of the wrong class to the loss. `label` is the
     text of the progress bar; None shows none.
     """
-    check_images(x, bounds=threat.bounds)
-    check_positive(steps=steps, restarts=restarts, width=width, batch_size=batch_size)
-    order = _wrong_classes(Defence(defence.network), x, y)
-    y, classes = np.asarray(y, "int64"), order.shape[1]
-    soft, success = evasion(classes, 1), evasion(classes)
-    hard = success if density is None else dense_evasion(classes, weight)
-    best, score = x.copy(), success(evaluate(defence, x), y).numpy()
-    model = graph_of(defence, ("views", width, density), partial(_views, defence, width, density))
+    aim, y, found = opened(defence, x, y, threat, batch_size=batch_size, steps=steps, restarts=restarts)
+    order, soft = _wrong_classes(defence.network, x, y), defence.smoothed(width)
+    path = None if density is None else dense(defence, density, weight)
+    losses = (margin,) if path is None else path.losses
     options = {"batch_size": batch_size, "seed": seed}
-
-    def keep(left, images):
-        new = success(evaluate(defence, images), y[left]).numpy()
-        attacks.keep(images, new, best, score, left)
-        return new <= 0
-
+    found.value[:] = aim.values(x, y)
     for restart in tqdm(range(restarts), desc=label, disable=label is None, unit="restart"):
-        left = np.flatnonzero(score <= 0)
+        left = found.left()
         if not left.size:
             break
         if restart == 1:
             start = nearest_starts(defence, x[left], y[left], threat, x_train, y_train)
         else:
-            target = order[left, max(0, restart - 1) % (classes - 1)]
-            start = attacks.pgd(defence.network, x[left], target, threat, losses=("margin",), targeted=True, **options)
-        stand = keep(left, start)
+            target = order[left, max(0, restart - 1) % (order.shape[1] - 1)]
+            start = attacks.pgd(defence.network, x[left], y[left], threat, losses=("margin",), target=target,
+                                **options).images
+        aim.offer(found, start, y, left)
+        stand = found.value[left] <= 0
         left, start = left[stand], start[stand]
-        for loss, good, n in ((soft, soft, steps // 2), (hard, success, -(-steps // 2))):
-            if n and left.size:
-                start = attacks.pgd(model, x[left], y[left], threat, steps=n, losses=(loss,), goal=good, start=start,
-                                    compact=good is success, **options)
+        if steps // 2 and left.size:  # attacked as if it were deployed: what comes out is a start
+            start = attacks.pgd(soft, x[left], y[left], threat, steps=steps // 2, losses=(margin,), start=start,
+                                **options).images
         if left.size:
-            keep(left, start)
-    return best
+            part = attacks.pgd(defence, x[left], y[left], threat, steps=-(-steps // 2), losses=losses, path=path,
+                               start=start, compact=True, **options)
+            found.offer(part.images, part.value, left)
+            found.steps[left] += steps
+    return found
 
 
 def _wrong_classes(defence, x, y):
     """Classes (n, classes) of images `x`, from the most to the least probable for `defence`; the true ones `y` last."""
-    z = evaluate(defence, x)[:, :-1]
+    z = np.array(answers(defence, x).logits)
     z[np.arange(len(x)), check_labels(y, *z.shape)] = -np.inf
     return np.argsort(-z, axis=1, kind="stable")
 
@@ -137,15 +125,14 @@ def _wrong_classes(defence, x, y):
 def nearest_starts(defence, x, y, threat, x_train, y_train, candidates=5):
     """For each image the best of the nearest training images of other classes, pulled into the ball around it.
 
-    The best is the one of `candidates` at which `evasion` is largest after the projection.
+    The best is the one of `candidates` at which `rejection.margin` is largest after the projection.
     """
     check_images(x_train, "x_train")
     flat, points = x.reshape(len(x), -1), x_train.reshape(len(x_train), -1)
     d2 = (points**2).sum(1) - 2 * flat @ points.T  # up to a constant of each image
     order = np.argpartition(np.where(y_train == y[:, None], np.inf, d2), candidates, axis=1)[:, :candidates]
     starts = [threat.project(x_train[column], x).numpy() for column in order.T]
-    classes = evaluate(defence, x[:1]).shape[1] - 1
-    scores = [evasion(classes)(evaluate(defence, s), tf.constant(y, tf.int64)).numpy() for s in starts]
+    scores = [margin(answers(defence, s), tf.constant(y, tf.int64)).numpy() for s in starts]
     return np.stack(starts)[np.argmax(scores, axis=0), np.arange(len(x))]
 
 
@@ -158,7 +145,7 @@ def _hinge_step(defence, shape, norm, bounds):
         return tf.reduce_sum(tf.nn.relu(1 - signs * scores), axis=1)
 
     def step(x_adv, x, signs, eps, step_size):
-        gradient, loss, _ = attacks.input_gradient(lambda images: defence.scores(images)[0], hinge, x_adv, signs)
+        gradient, loss, _ = input_gradient(defence.scores, hinge, x_adv, signs)
         return loss, projection(x, norm, eps, bounds)(x_adv - step_size * gradient)
 
     return traced(step, defence, input_signature=[images, images, per_class, number, number])
@@ -172,18 +159,14 @@ def algorithm_1(
     The label vector has +1 at the runner-up (the best wrong class of the clean image) and -1 elsewhere; the loss is
     summed over classes. The gradient is not normalised. An image stops when its loss changes by no more than
     `tolerance` (the paper's t), or after `steps`; its last iterate is reported. `label`: text of the progress bar.
-
-    Returns
-    -------
-    images like `x`, and the number of steps that each image took, (n,) int.
     """
-    check_images(x, bounds=threat.bounds)
-    check_positive(step_size=step_size, steps=steps, tolerance=tolerance, batch_size=batch_size)
+    aim, y, found = opened(defence, x, y, threat, batch_size=batch_size, step_size=step_size, steps=steps,
+                           tolerance=tolerance)  # fmt: skip
     order = _wrong_classes(defence, x, y)
     signs = 2.0 * (np.arange(order.shape[1]) == order[:, :1]) - 1
     settings = x.shape[1:], threat.norm, threat.bounds
     step = graph_of(defence, ("hinge", *settings), partial(_hinge_step, defence, *settings))
-    current, taken, last = threat.random_start(x, seed), np.zeros(len(x), int), np.full(len(x), np.inf)
+    current, last = threat.random_start(x, seed), np.full(len(x), np.inf)
     active = np.arange(len(x))
     for _ in tqdm(range(steps), desc=label, disable=label is None, unit="step"):
         parts = [active[i : i + batch_size] for i in range(0, len(active), batch_size)]
@@ -191,26 +174,25 @@ def algorithm_1(
             loss, ahead = (t.numpy() for t in step(current[b], x[b], signs[b], threat.eps, step_size))
             moving = np.abs(loss - last[b]) > tolerance
             current[b[moving]], last[b] = ahead[moving], loss
-            taken[b[moving]] += 1
+            found.steps[b[moving]] += 1
             active = np.setdiff1d(active, b[~moving])
         if not active.size:
             break
-    return current, taken
+    return Found(current, aim.values(current, y), found.steps)
 
 
-_TARGET = {}  # path: the defence of the unit before, since to load and compile it again takes longer than many a unit
+_KEPT = {}  # path: the defence of the unit before, since to load and compile it again takes longer than many a unit
 
 
-def target(path):
+def loaded(path):
     """The defence that `rejection.save` wrote to `path`, kept with its graphs until the next one is asked for."""
-    if path not in _TARGET:
-        _TARGET.clear()
-        gc.collect()  # its graphs and itself hold each other, and its support vectors may be large
-        _TARGET[path] = load(path)
-    return _TARGET[path]
+    if path not in _KEPT:
+        clear_graphs()  # its graphs and itself hold each other, and its support vectors may be large
+        _KEPT[path] = rejection.load(path)
+    return _KEPT[path]
 
 
 def clear_graphs():
-    """Forget the defence of `target`. Chapter 01 calls it before it attacks larger ones."""
-    _TARGET.clear()
+    """Forget the defence of `loaded`. Chapter 01 calls it before it attacks larger ones."""
+    _KEPT.clear()
     gc.collect()

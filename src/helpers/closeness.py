@@ -47,7 +47,7 @@ class Closeness:
         """The same with the first `n` points of each class."""
         return Closeness(tuple(members[:n] for members in self.points), self.bandwidth)
 
-    def kde(self, features, classes, batch_size=500):
+    def log_density(self, features, classes, batch_size=500):
         """Logarithm of the mean kernel (Eqn. 9) between activations (n, d) and the points of `classes` (n,)."""
         classes, scores = check_labels(classes, len(features), len(self.points)), np.empty(len(features), "float32")
         for c, members in enumerate(self.points):

@@ -1,7 +1,9 @@
 """Detecting adversarial images: six features, a logistic regression over them, and the attacker who knows both."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import keras
 import numpy as np
 import pandas as pd
 import tensorflow as tf
@@ -11,7 +13,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from helpers import closeness, uncertainty
-from helpers.models import inference, predict
+from helpers.defence import Network, Outputs, Path
+from helpers.losses import evasion, margin
+from helpers.models import graph_of, inference, predict
 from helpers.threat import noise
 
 FEATURES = (*uncertainty.METRICS, "KDE", "KL")
@@ -27,7 +31,7 @@ def features(model, x, near, *, draws=50, seed=0):
     hidden = predict(closeness.last_hidden(model), x, 1000)
     predicted = model.layers[-1](hidden).numpy().argmax(axis=1)
     return pd.DataFrame(uncertainty.metrics(sampled) | {
-        "KDE": near.kde(hidden, predicted), "KL": near.kl(hidden, predicted), "LID": near.lid(hidden),
+        "KDE": near.log_density(hidden, predicted), "KL": near.kl(hidden, predicted), "LID": near.lid(hidden),
         "predicted": predicted})
 
 
@@ -75,11 +79,56 @@ class Detector:
         return float(np.quantile(self.score(clean), 1 - false_reject_rate))
 
 
-def guarded(model, detector, near, *, draws=10, seed=0):
-    """A TensorFlow function from images to (n, classes + 1): the logits, and in the last column the log-odds.
+@dataclass(frozen=True, eq=False)
+class Guarded:
+    """A network with a detector beside it: a `helpers.defence.Defence` that refuses what the detector flags.
 
-    The same features as `features`, differentiable: Monte-Carlo dropout by `draws` thinned networks of the attacker's
-    own (expectation over fixed masks), KDE over the points of `near`, of which an attacker may take fewer.
+    model : keras.Sequential with dropout. near : closeness.Closeness of its training activations. threshold : log-odds
+    above which an image is flagged. draws, seed : of the Monte-Carlo dropout; the masks are drawn once.
+    known, points : thinned networks and points of each class that an attacker differentiates; None: as many as there
+    are. His masks are his own.
+    """
+
+    model: keras.Model
+    detector: Detector
+    near: closeness.Closeness
+    threshold: float
+    draws: int = 50
+    seed: int = 0
+    known: int | None = None
+    points: int | None = None
+
+    randomised = False
+
+    def __call__(self, x):
+        """Logits of images `x` (n, h, w, c), a tensor, and how far the detector's log-odds lie above the threshold."""
+        return self._answer(x)
+
+    @cached_property
+    def _answer(self):
+        with tf.init_scope():
+            return _guarded(self.model, self.detector, self.near, self.threshold, self.draws, self.seed)
+
+    def paths(self, seed=0):
+        """The network alone; network and detector, with the attacker's own masks and a part of the points."""
+        def build():
+            near = self.near.thin(self.points) if self.points else self.near
+            return _guarded(self.model, self.detector, near, self.threshold, self.known or self.draws, seed + 999)
+
+        key = "guarded", seed, self.known, self.points
+        return {"unaware": Path(Network(self.model)), "exact": Path(graph_of(self, key, build), (evasion, in_turn))}
+
+
+def in_turn(outputs, y):
+    """Margin until the image is wrong, then minus the refusal, (n,): above 0 where it is wrong and not refused."""
+    wrong = margin(outputs.logits, y)
+    return tf.where(wrong > 0, -outputs.refusal, wrong)
+
+
+def _guarded(model, detector, near, threshold, draws, seed):
+    """A TensorFlow function from images to `Outputs`: the same features as `features`, differentiable.
+
+    Monte-Carlo dropout is the mean of `draws` thinned networks (expectation over fixed masks).
     """
     networks, hidden_of = uncertainty.thinned(model, draws, seed), inference(closeness.last_hidden(model))
     points, means = np.concatenate(near.points), near.means()
@@ -95,7 +144,7 @@ def guarded(model, detector, near, *, draws=10, seed=0):
                                               predicted[:, None] == owner[None, :])
         values["KL"] = tf.gather(closeness.divergences(hidden, means), predicted, batch_dims=1)
         log_odds = sum(weight * values[name] for name, weight in detector.weights.items()) + detector.offset
-        return tf.concat([logits, log_odds[:, None]], axis=1)
+        return Outputs(logits, log_odds - threshold)
 
     outputs.randomised = False  # the masks are drawn once
     return outputs

@@ -1,56 +1,78 @@
-"""Measuring a classifier and its attacker: accuracy, security curves, intervals and the sanity checks."""
+"""Measuring a defence and its attacker: outcomes, security curves, intervals and the sanity checks.
+
+`defence` is a `helpers.defence.Defence`, a Keras network or a function from images to logits; images `x` are float32
+(n, h, w, c) in [0, 1], `y` their true labels (n,).
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import scipy.stats
 import tensorflow as tf
 
-from helpers import attacks, flags
-from helpers.checks import check_images, check_labels
-from helpers.models import as_float64, check_logits, inference, predict
+from helpers import attacks, flags, soundness, standard
+from helpers.checks import check_labels
+from helpers.defence import Path, answers, as_defence, way
+from helpers.losses import cross_entropy, evasion, margin
+from helpers.models import as_float64, randomised
+from helpers.search import Found, input_gradient, single
 from helpers.threat import ThreatModel, diameter
 
 GRADIENT_ERROR = 1e-3  # relative; differences in float64 are right to about 1e-7
+OUTCOMES = ("correct", "rejected", "evaded")
+PGD = partial(attacks.pgd, restarts=2, losses=("cross-entropy", "margin"))
 
 
-def logits(model, x, batch_size=250):
-    """Logits (n, classes) float32 of images `x` (n, h, w, c) in test mode, in batches."""
-    check_images(x)
-    check_logits(model, x)
-    return predict(model, x, batch_size)
+def logits(defence, x, batch_size=250):
+    """Logits (n, classes) of images in test mode, in batches."""
+    return answers(defence, x, batch_size).logits
 
 
-def correct(model, x, y):
-    """Which images are classified as `y`, (n,) bool."""
-    z = logits(model, x)
-    return z.argmax(axis=1) == check_labels(y, *z.shape)
+def outcomes(defence, x, y):
+    """What becomes of each image, (n,) int: an index into `OUTCOMES`. A random defence is asked once."""
+    found = answers(defence, x)
+    y = check_labels(y, *found.logits.shape)
+    return np.where(found.refusal > 0, 1, np.where(found.logits.argmax(axis=1) == y, 0, 2))
 
 
-def score(model, x, y):
+def rates(results):
+    """Shares of `outcomes` by name; they sum to 1."""
+    return {name: float(np.mean(np.asarray(results) == i)) for i, name in enumerate(OUTCOMES)}
+
+
+def correct(defence, x, y):
+    """Which images are classified as `y` and not refused, (n,) bool."""
+    return outcomes(defence, x, y) == 0
+
+
+def score(defence, x, y):
     """{"loss": mean cross-entropy in nats, "accuracy": fraction} in test mode."""
-    z = logits(model, x)
+    z = logits(defence, x)
     y = check_labels(y, *z.shape)
-    losses = attacks.cross_entropy(z, y).numpy()
-    return {"loss": float(losses.mean()), "accuracy": float((z.argmax(axis=1) == y).mean())}
+    return {"loss": float(cross_entropy(z, y).numpy().mean()), "accuracy": float((z.argmax(axis=1) == y).mean())}
 
 
-def security_curve(model, x, y, grid, *, norm="linf", seed=0, **options):
-    """Which images survive PGD at each eps: the worst case over this eps and all smaller ones.
+def survivors(defence, grid, x, y, *, norm="linf", path=None, attack=attacks.pgd, seed=0, **options):
+    """Which images survive an attack at each eps: the worst case over this eps and all smaller ones.
 
-    Only images that still stand are attacked, starting from the result at the last eps; `options` go to
-    `attacks.pgd` (steps, restarts, losses ...). `grid`: rising eps values in [0, 1] pixel units; 0 means no attack.
-    Returns (len(grid), n) bool, True where the image is still classified correctly; its row means are the curve.
+    Only images that still stand are attacked, starting from the result at the last eps; `options` go to the attack
+    (steps, restarts, losses ...). A refused image survives. `grid`: rising eps values in [0, 1] pixel units; 0 means no
+    attack. Returns (len(grid), n) bool; its row means are the security curve.
     """
     if not (len(grid) and np.isfinite(grid).all() and min(grid) >= 0 and (np.diff(grid) > 0).all()):
         raise ValueError(f"grid is {list(grid)}; expected rising eps values >= 0")
-    standing, start, rows = correct(model, x, y), x.copy(), []
+    defence = as_defence(defence)
+    path, start, rows = way(defence, path, seed), x.copy(), []
+    standing = outcomes(defence, x, y) != 2
     for eps in grid:
         left = np.flatnonzero(standing)
         if eps > 0 and left.size:
-            threat = ThreatModel(norm, float(eps))
             warm = start[left] if any(e > 0 for e in grid[: len(rows)]) else None
-            start[left] = attacks.pgd(model, x[left], y[left], threat, start=warm, compact=True, seed=seed, **options)
-            standing[left] = correct(model, start[left], y[left])
+            found = attack(defence, x[left], y[left], ThreatModel(norm, float(eps)), path=path, start=warm,
+                           compact=True, seed=seed, **options)
+            start[left], standing[left] = found.images, found.value <= 0
         rows.append(standing.copy())
     return np.array(rows)
 
@@ -68,32 +90,36 @@ def difference_interval(a, b, confidence=0.95, seed=0):
     return float(delta.mean()), float(interval.low), float(interval.high)
 
 
-def gradient_errors(model, x, y, h=1e-7, seed=0):
-    """Errors of the margin's input gradient along random directions, by differences in float64, and who is on a kink.
+def gradient_errors(outputs, x, y, loss=None, h=1e-7, seed=0):
+    """Errors of the input gradient along random directions, by differences in float64, and who is on a kink.
 
+    outputs : network, defence or what a path has in its place, with a copy in float64. loss : function (Outputs, y) ->
+    (n,), default `losses.evasion`.
     For every image one random direction v of unit length: |slope along v - gradient . v|, divided by what a gradient of
     that length has along a random direction, |gradient| / sqrt(dimension). A ReLU or a maximum that changes within `h`
     has another slope ahead than behind: such an image is on a kink, where no derivative is right.
     Returns (errors (n,) float64, kinked (n,) bool).
     """
-    exact, labels, rng = inference(as_float64(model)), tf.constant(y, tf.int64), np.random.default_rng(seed)
+    exact, labels, rng = as_defence(as_float64(outputs)), tf.constant(y, tf.int64), np.random.default_rng(seed)
+    loss = loss or evasion
     # Off the image by a little: on a blank background max-pooling has ties, where there is no derivative.
     images = tf.constant(x + rng.uniform(-0.01, 0.01, x.shape), tf.float64)
     v = rng.standard_normal(x.shape)
     v /= np.linalg.norm(v.reshape(len(x), -1), axis=1).reshape(-1, 1, 1, 1)
-    gradient, here, _ = attacks.input_gradient(exact, attacks.margin, images, labels)
+    gradient, here, _ = input_gradient(exact, loss, images, labels)
     gradient = gradient.numpy().reshape(len(x), -1)
-    ahead, behind = (s * (attacks.margin(exact(images + s * h * v), labels) - here).numpy() / h for s in (1, -1))
+    ahead, behind = (s * (loss(exact(images + s * h * v), labels) - here).numpy() / h for s in (1, -1))
     typical = np.maximum(np.linalg.norm(gradient, axis=1) / np.sqrt(x[0].size), 1e-6)
     errors = np.abs((ahead + behind) / 2 - (gradient * v.reshape(len(x), -1)).sum(axis=1)) / typical
     steepest = np.maximum(typical, np.maximum(np.abs(ahead), np.abs(behind)))
     return errors, np.abs(ahead - behind) > GRADIENT_ERROR * steepest
 
 
-def has_gradient(model, x, y, loss=attacks.margin):
-    """Which images have an input gradient of `loss` that is not zero in float32, (n,) bool; few: it is masked."""
-    gradient, *_ = attacks.input_gradient(
-        inference(model), lambda z, y: loss(tf.cast(z, tf.float32), y), tf.constant(x), tf.constant(y, tf.int64))
+def has_gradient(outputs, x, y, loss=margin):
+    """Which images have an input gradient of `loss`, of logits, that is not zero in float32, (n,) bool; few: masked."""
+    outputs = as_defence(outputs) if not isinstance(outputs, Path) else outputs.outputs
+    gradient, *_ = input_gradient(lambda x: single(outputs(x)), lambda z, y: loss(z.logits, y), tf.constant(x),
+                                  tf.constant(y, tf.int64))
     return np.abs(gradient).max(axis=(1, 2, 3)).astype(bool)
 
 
@@ -103,11 +129,14 @@ def seen(x, fitted):
     return np.array([image.tobytes() in known for image in x])
 
 
-def gradient_flags(model, x, y):
-    """Rows of `helpers.flags`: is the gradient there, and is it right? `x` (n, h, w, c), labels `y` (n,)."""
-    errors, kinked = gradient_errors(model, x[:100], y[:100])
-    rows = [flags.share(f"images with a gradient of the {name}", has_gradient(model, x, y, loss), 0.9)
-            for name, loss in (("margin", attacks.margin), ("cross-entropy", attacks.cross_entropy))]
+def gradient_flags(defence, x, y, path=None):
+    """Rows of `helpers.flags`: is the gradient of the path there, and where it has a copy in float64, is it right?"""
+    path = way(as_defence(defence), path)
+    rows = [flags.share(f"images with a gradient of the {name}", has_gradient(path, x, y, loss), 0.9)
+            for name, loss in (("margin", margin), ("cross-entropy", cross_entropy))]
+    if not hasattr(path.outputs, "as_float64"):
+        return rows
+    errors, kinked = gradient_errors(path.outputs, x[:100], y[:100], *path.losses[:1])
     rows.append(flags.share("images on a kink", kinked, 0.1, "<="))
     if not kinked.all():
         wrong = errors[~kinked] > GRADIENT_ERROR
@@ -115,41 +144,89 @@ def gradient_flags(model, x, y):
     return rows
 
 
-def sanity_checks(model, x, y, threat, *, surrogate=None, steps=40, queries=300, seed=0):
-    """Flags that a sound attack on a sound network passes; a table with the columns of `helpers.flags.flag`.
+def sanity_checks(defence, x, y, threat, *, attack=PGD, path=None, surrogate=None, steps=40, queries=300, seed=0):
+    """Flags that a sound attack on a sound defence passes; a table with the columns of `helpers.flags.flag`.
 
-    Rates are compared image by image. `surrogate` is another network from which adversarial images are transferred.
+    Rates are compared image by image. `attack` is called as `attacks.pgd` is, with `steps`; `surrogate` is another
+    network, from which adversarial images are transferred.
     Raises AssertionError where the attack breaks its own rules: it leaves the ball, or moves at eps = 0.
     """
-    def success(x_adv):
-        return ~correct(model, x_adv, y)
+    defence = as_defence(defence)
+    path = way(defence, path, seed)
 
-    def run(against=model, eps=threat.eps, **options):
-        options = {"steps": steps, "restarts": 2, "losses": ("cross-entropy", "margin"), "seed": seed} | options
-        return attacks.pgd(against, x, y, ThreatModel(threat.norm, eps, threat.bounds), **options)
+    def run(eps=threat.eps, **options):
+        found = attack(defence, x, y, replace(threat, eps=eps), **{"path": path, "steps": steps, "seed": seed} | options)
+        return found.images, found.value > 0
 
-    strong = run()
-    assert threat.contains(strong, x).all(), "the attack leaves the ball or the range of pixels"
-    assert np.array_equal(run(eps=0.0, steps=2), x), "the attack changes pixels at eps = 0"
-    beaten, noise, single = success(strong), threat.noise(x, (seed, 10**6)), run(steps=1, restarts=1)
-    if threat.norm == "linf":
-        single = attacks.fgsm(model, x, y, threat.eps, bounds=threat.bounds)
-    largest = diameter(x.shape[1:], threat.norm, threat.bounds)
-    far = run(eps=largest, steps=4 * steps, compact=True)  # the way is long, and may begin where all looks alike
-    again = np.isclose(*(logits(model, x) for _ in range(2)), rtol=1e-3, atol=1e-3).all(axis=1)
+    def beaten(images):
+        return outcomes(defence, images, y) == 2
+
+    images, strong = run()
+    assert threat.contains(images, x).all(), "the attack leaves the ball or the range of pixels"
+    assert np.array_equal(run(eps=0.0, steps=2)[0], x), "the attack changes pixels at eps = 0"
+    far = diameter(x.shape[1:], threat.norm, threat.bounds)
     rows = [
-        flags.share("images with the same answer twice", again, 1.0),
-        flags.difference("success at eps less at eps / 2", beaten, success(run(eps=threat.eps / 2))),
-        flags.share("success at the largest eps", success(far), 0.99),
-        flags.difference("PGD less a single step", beaten, success(single)),
-        flags.difference("twice the steps: gain of success", success(run(steps=2 * steps)), beaten, 0.01, "<="),
-        flags.difference("PGD less random noise", beaten, success(noise)),
-        flags.difference("PGD less no attack", beaten, success(x)),
-        *gradient_flags(model, x, y),
-    ]
-    if threat.norm == "linf":
-        free = success(attacks.square(model, x, y, threat, queries=queries, seed=seed).images)
-        rows.append(flags.difference("PGD less a gradient-free attack", beaten, free))
+        flags.difference("success at eps less at eps / 2", strong, run(eps=threat.eps / 2)[1]),
+        flags.share("success at the largest eps", run(eps=far, steps=4 * steps)[1], 0.99),  # the way there is long
+        flags.difference("PGD less a single step", strong, attacks.fgsm(defence, x, y, threat, path=path).value > 0),
+        flags.difference("twice the steps: gain of success", run(steps=2 * steps)[1], strong, 0.01, "<="),
+        flags.difference("PGD less random noise", strong, beaten(threat.noise(x, (seed, 10**6)))),
+        flags.difference("PGD less no attack", strong, beaten(x)),
+        flags.difference("PGD less the smallest change", strong,
+                         standard.fab(defence, x, y, threat, path=path, steps=steps, targets=3, seed=seed).value > 0),
+        flags.difference("PGD less a gradient-free attack", strong,
+                         standard.square(defence, x, y, threat, queries=queries, seed=seed).value > 0),
+        *gradient_flags(defence, x, y, path)]
+    if not randomised(defence):
+        again = [answers(defence, x).logits for _ in range(2)]
+        same = np.isclose(*again, rtol=1e-3, atol=1e-3).all(axis=1)
+        rows.insert(0, flags.share("images with the same answer twice", same, 1.0))
     if surrogate is not None:
-        rows.append(flags.difference("white box less transfer", beaten, success(run(surrogate))))
+        moved = attack(defence, x, y, threat, path=surrogate, steps=steps, losses=("margin",), seed=seed)
+        rows.append(flags.difference("white box less transfer", strong, moved.value > 0))
     return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `evaluate` found.
+
+    clean, outcomes : what becomes of each image, (n,) indices into `OUTCOMES`: as it is, and at its worst.
+    found : the worst image of each. attacks : which attack beat how many on which path. flags : is it sound?
+    """
+
+    clean: np.ndarray
+    outcomes: np.ndarray
+    found: Found
+    attacks: pd.DataFrame
+    flags: pd.DataFrame
+
+    @property
+    def left(self):
+        """Share of images that are right or refused at their worst."""
+        return float(np.mean(self.outcomes != 2))
+
+    @property
+    def sound(self):
+        """Whether no flag is raised."""
+        return bool(self.flags["passed"].all())
+
+
+def evaluate(defence, x, y, threat, *, attacks=None, paths=None, surrogate=None, steps=40, queries=300, examined=16,
+             seed=0):  # fmt: skip
+    """Attack with the standard set on every path, and ask whether the attack could have found something.
+
+    attacks, paths, surrogate : as `standard.standard` takes them. steps, queries : of the sanity checks. examined :
+    images on which the binarization test and the indicators of attack failure are run, one by one; 0 leaves them out.
+    """
+    defence = as_defence(defence)
+    found, table = standard.standard(defence, x, y, threat, attacks=attacks, paths=paths, surrogate=surrogate, seed=seed)
+    won = np.where(found.value > 0, 2, np.where(outcomes(defence, found.images, y) == 1, 1, 0))
+    named = defence.paths(seed)
+    last = named[list(named)[-1] if paths is None else paths[-1]]  # the strongest path comes last
+    rows = [sanity_checks(defence, x, y, threat, path=last, surrogate=surrogate, steps=steps, queries=queries, seed=seed)]
+    if examined and not randomised(last.outputs):
+        attack, few = partial(standard.apgd, steps=steps), x[:examined]
+        rows += [pd.DataFrame(soundness.binarization(last.outputs, attack, few, threat, seed=seed)),
+                 pd.DataFrame(soundness.indicators(defence, attack, few, y[:examined], threat, path=last, seed=seed))]
+    return Report(outcomes(defence, x, y), won, found, table, pd.concat(rows, ignore_index=True))

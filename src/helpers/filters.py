@@ -1,7 +1,7 @@
 """Filters in front of a network: Gaussian and median (paper 03, Section 3.1), and as cheap baselines JPEG and few bits.
 
 `gaussian`, `median`, `jpeg` and `bits` take and give tensors (n, h, w, c) in [0, 1] and check nothing; `Filter` is the
-same as a layer, which checks its arguments, can be saved with a network, and decides what an attacker's gradient sees.
+same as a layer, which checks its arguments and can be saved with a network.
 At the border images are mirrored, with the edge pixel repeated: the mode "reflect" of SciPy and scikit-image.
 """
 
@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from helpers.checks import check_images, known
+from helpers.defence import Behind
 from helpers.models import predict
 
 TRUNCATE = 4.0  # standard deviations after which the Gaussian kernel ends, as in SciPy
@@ -63,18 +64,16 @@ FILTERS = {"gaussian": gaussian, "median": median, "jpeg": jpeg, "bits": bits}
 
 @keras.saving.register_keras_serializable("helpers")
 class Filter(keras.layers.Layer):
-    """A filter as a layer.
+    """A filter as a layer, with the gradient of its function.
 
     kind, value : "gaussian" and sigma in pixels, 0 for no filter; "median" and the odd size of its window; "jpeg" and
         a quality 1 ... 100; "bits" and a depth 1 ... 8.
-    gradient : "exact", that of the function; or "identity": what BPDA (Athalye et al. 2018) puts in its place.
     Raises ValueError for other values, and for a window that reaches further than the image is wide.
     """
 
-    def __init__(self, kind, value, gradient="exact", **options):
+    def __init__(self, kind, value, **options):
         super().__init__(**options)
         self.kind, self.value = known("kind", kind, FILTERS), _checked(kind, value)
-        self.gradient = known("gradient", gradient, ("exact", "identity"))
 
     def build(self, shape):
         """Compare the window with the image."""
@@ -85,9 +84,7 @@ class Filter(keras.layers.Layer):
 
     def call(self, x):
         """Filter the images."""
-        if self.gradient == "exact":
-            return FILTERS[self.kind](x, self.value)
-        return x + tf.stop_gradient(FILTERS[self.kind](x, self.value) - x)
+        return FILTERS[self.kind](x, self.value)
 
     def compute_output_shape(self, shape):
         """Shape of the images, which does not change."""
@@ -95,7 +92,7 @@ class Filter(keras.layers.Layer):
 
     def get_config(self):
         """Arguments, for saving."""
-        return super().get_config() | {"kind": self.kind, "value": self.value, "gradient": self.gradient}
+        return super().get_config() | {"kind": self.kind, "value": self.value}
 
 
 def _checked(kind, value):
@@ -116,9 +113,14 @@ def apply(x, kind, value, batch_size=100):
     return np.clip(predict(layer, x, batch_size), 0, 1)
 
 
-def defend(network, kind, value, gradient="exact"):
-    """Keras network with the filter in front of `network`, a Keras network from images of a fixed size to logits."""
-    return keras.Sequential([keras.Input(network.input_shape[1:]), Filter(kind, value, gradient), network])
+def defend(network, kind, value):
+    """The filter in front of `network`, a Keras network from images of a fixed size to logits, as a `defence.Behind`.
+
+    Its paths: "unaware", "exact" where the filter has a gradient, and "BPDA".
+    """
+    layer = Filter(kind, value)
+    layer.build((None, *network.input_shape[1:]))  # here, so that a window that is too large is an error of its own
+    return Behind(layer, network, exact=kind in ("gaussian", "median"))
 
 
 def _mirrored(x, reach):

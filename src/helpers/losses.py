@@ -1,6 +1,7 @@
 """What an attacker climbs: functions of logits (n, classes) and labels (n,), above 0 or higher where he gets nearer.
 
-The targeted ones, `TARGETED`, take the wanted wrong class (n,) besides the true one.
+The targeted ones, `TARGETED`, take the wanted wrong class (n,) besides the true one. `evasion` takes all that a defence
+answers, `helpers.defence.Outputs`.
 """
 
 import numpy as np
@@ -53,6 +54,28 @@ def targeted_dlr(logits, y, target):
         return targeted_margin(logits, y, target)
     top = tf.math.top_k(logits, 4).values
     return targeted_margin(logits, y, target) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+
+def evasion(outputs, y):
+    """Margin of what a defence answers, capped by minus its refusal, (n,): above 0 where it is wrong and not refused."""
+    return tf.minimum(margin(outputs.logits, y), -outputs.refusal)
+
+
+def reached(outputs, wanted):
+    """`evasion` towards a wanted class, (n,): above 0 where `wanted` is predicted and the image is not refused."""
+    return tf.minimum(-margin(outputs.logits, wanted), -outputs.refusal)
+
+
+def on_outputs(loss, descend=False):
+    """`loss` as a function of what a defence answers: a name in `LOSSES` or `TARGETED` is of the logits, capped by minus
+    the refusal (to `descend`, at least the refusal), so that who follows it leaves the region where he is refused; a
+    function of (Outputs, y) is taken as it is."""
+    if callable(loss):
+        return loss
+    of_logits = (LOSSES | TARGETED)[loss]
+    if descend:
+        return lambda outputs, *labels: tf.maximum(of_logits(outputs.logits, *labels), outputs.refusal)
+    return lambda outputs, *labels: tf.minimum(of_logits(outputs.logits, *labels), -outputs.refusal)
 
 
 def _wrong(logits, y):

@@ -150,8 +150,13 @@ def inception(input_shape=(64, 64, 3), classes=10, *, width=16, blocks=(1, 2, 2)
 
 
 def as_float64(model):
-    """A copy of the Keras network `model` that computes in float64, for checks by finite differences."""
-    if not isinstance(model, keras.Model):
+    """A copy of `model`, a Keras network or layer, that computes in float64, for checks by finite differences.
+
+    Any other object is asked by its own method `as_float64`; TypeError where it has none.
+    """
+    if hasattr(model, "as_float64"):
+        return model.as_float64()
+    if not isinstance(model, keras.Layer):
         raise TypeError(f"model is {type(model).__name__}; expected a Keras network, which can be copied in float64")
     config = json.loads(json.dumps(model.get_config()).replace('"float32"', '"float64"'))
     copy = type(model).from_config(config)
@@ -259,26 +264,28 @@ def inner_graph(function, model):
 
 
 def predict(model, x, batch_size):
-    """Outputs (n, ...) of `forward(model, x)` for images `x` that are known to be valid, in batches."""
+    """Outputs of `forward(model, x)` for images `x` that are known to be valid, in batches: (n, ...), one or several."""
     outputs = forward(model, x)
-    return np.concatenate([outputs(tf.constant(x[i : i + batch_size])) for i in range(0, len(x), batch_size)])
+    parts = [outputs(tf.constant(x[i : i + batch_size])) for i in range(0, len(x), batch_size)]
+    return tf.nest.map_structure(lambda *each: np.concatenate(each), *parts)
 
 
-def check_logits(model, x):
-    """Logits (m, classes) of the first images of `x`.
-
-    Raises ValueError for images of another size, outputs of another shape, where every row is non-negative and sums to
-    1 (a softmax), and for a random `model` that does not say so.
-    """
-    expected = model.input_shape[1:] if isinstance(model, keras.Model) else x.shape[1:]
+def check_size(model, x):
+    """Raise ValueError unless the Keras network `model` takes images of the size of `x`."""
+    expected = model.input_shape[1:]
     if any(side not in (None, given) for side, given in zip(expected, x.shape[1:], strict=True)):
         raise ValueError(f"x holds images {x.shape[1:]}; expected {expected}, the size that the network takes")
-    logits = np.asarray(forward(model, x)(tf.constant(x[:8])))
+
+
+def check_logits(logits):
+    """Raise ValueError unless `logits` (n, classes) are: where they are of another shape, NaN, or the rows of a softmax,
+    non-negative with a sum of 1."""
     if logits.ndim != 2:
         raise ValueError(f"model gives shape {logits.shape}; expected logits of shape (n, classes)")
+    if np.isnan(logits).any():
+        raise ValueError("model gives NaN on some images; expected logits")
     if (logits >= 0).all() and np.allclose(logits.sum(axis=1), 1, atol=1e-3):
         raise ValueError("model gives probabilities (rows >= 0 that sum to 1); expected logits: drop its softmax")
-    return logits
 
 
 def save(model, folder):

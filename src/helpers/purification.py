@@ -9,9 +9,10 @@ from keras import layers
 from skimage.restoration import denoise_tv_chambolle
 from tqdm import tqdm
 
-from helpers import attacks
 from helpers.checks import check_images, check_labels, check_positive
-from helpers.models import check_logits, inference, randomised, traced
+from helpers.defence import Behind, as_defence, check_defence
+from helpers.losses import cross_entropy
+from helpers.models import traced
 
 
 def autoencoder(input_shape, *, filters=(32, 64, 128, 256), seed=0):
@@ -67,35 +68,12 @@ def _check_pair(purifier, classifier):
 
 
 def defended(purifier, classifier):
-    """Purifier and frozen classifier as one keras.Model from images to logits: what is deployed, and attacked.
+    """Purifier and frozen classifier as one `helpers.defence.Behind`: what is deployed, and attacked.
 
-    Its gradient goes through both. Raises ValueError for shapes that do not fit and a classifier that is not frozen.
+    Raises ValueError for shapes that do not fit and a classifier that is not frozen.
     """
     _check_pair(purifier, classifier)
-    image = layers.Input(purifier.input_shape[1:])
-    return keras.Model(image, classifier(purifier(image)))
-
-
-@dataclass(frozen=True)
-class StraightThrough:
-    """BPDA with the identity (Athalye et al. 2018): `purify` in the forward pass, nothing in the backward pass.
-
-    purify : a network or function from images (n, h, w, c) to images, which need not be differentiable.
-    A TensorFlow function from images to logits; give it to an attack in the place of the network.
-    """
-
-    purify: object
-    classifier: object
-
-    @property
-    def randomised(self):
-        """Whether one of the two may be."""
-        return randomised(self.purify) or randomised(self.classifier)
-
-    def __call__(self, x):
-        """Logits (n, classes) of images `x` (n, h, w, c)."""
-        change = tf.stop_gradient(inference(self.purify)(x) - x)
-        return inference(self.classifier)(x + change)
+    return Behind(purifier, classifier)
 
 
 @dataclass(frozen=True)
@@ -123,7 +101,7 @@ class TotalVariation:
 def composite_loss(purified, clean, logits, y, weight):
     """Restoration + weight * classification, (n,): mean squared error of the pixels, cross-entropy in nats."""
     restoration = tf.reduce_mean((purified - clean) ** 2, axis=(1, 2, 3))
-    return restoration + weight * attacks.cross_entropy(logits, y)
+    return restoration + weight * cross_entropy(logits, y)
 
 
 def fit(purifier, classifier, x_in, x, y, *, weight, epochs, batch_size=32, learning_rate=1e-3, monitor=None, seed=0,
@@ -144,7 +122,7 @@ def fit(purifier, classifier, x_in, x, y, *, weight, epochs, batch_size=32, lear
     check_positive(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate)
     if not (np.isfinite(weight) and weight >= 0):
         raise ValueError(f"weight is {weight}; expected a finite number >= 0")
-    classes = check_logits(classifier, x).shape[1]
+    classes = check_defence(as_defence(classifier), x)
     y = check_labels(y, len(x), classes)
     if missing := sorted(set(range(classes)) - set(y.tolist())):
         raise ValueError(f"y lacks the classes {missing} of {classes}; expected images of every class to train on")
@@ -172,4 +150,4 @@ def _step(purifier, classifier, weight, learning_rate):
         optimizer.apply(tape.gradient(loss, purifier.trainable_variables))
         return loss
 
-    return traced(step, StraightThrough(purifier, classifier), reduce_retracing=True)
+    return traced(step, Behind(purifier, classifier), reduce_retracing=True)

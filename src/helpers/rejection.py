@@ -17,9 +17,9 @@ from scipy.special import expit, logit
 
 from helpers import files, models, svm
 from helpers.checks import check_images, check_labels, check_positive
+from helpers.defence import Network, Outputs, Path as Way
 from helpers.svm import SVM
 
-OUTCOMES = ("correct", "rejected", "evaded")
 _ARRAYS = ("vectors", "columns", "weights", "bias")
 _UNCOUNTED = (keras.layers.Flatten, keras.layers.Dropout, keras.layers.InputLayer)  # not in the paper's Table 1
 
@@ -36,14 +36,29 @@ def _widen(*features):
     return [tf.cast(h, tf.float64) for h in features], gradient
 
 
+def margin(outputs, y):
+    """Best wrong class against the true one or being refused, (n,): above 0 where `y` is evaded (paper 01, 2.5.1).
+
+    `losses.evasion` is above 0 for the same images; below 0 this one climbs the wrong class even while a true one is
+    sure.
+    """
+    threshold = outputs.refusal + tf.reduce_max(outputs.logits, axis=1)
+    wrong = tf.where(tf.one_hot(y, tf.shape(outputs.logits)[1], True, False), -np.inf, outputs.logits)
+    return tf.reduce_max(wrong, axis=1) - tf.maximum(tf.gather(outputs.logits, y, batch_dims=1), threshold)
+
+
 @dataclass(frozen=True, eq=False)
-class Defence:
+class Rejection:
     """A network with SVMs on some of its layers and a threshold: the most probable class, or a refusal.
+
+    A `helpers.defence.Defence`, whose logits are log-odds (of the bare network: its logits).
 
     layers : numbers of the layers, as in paper 01, Table 1; none: the bare network. svms : one a layer.
     combiner : SVM on the concatenated scores (DNR), or None (NR, bare network).
     platt : (2, classes), slope and offset that turn a score into log-odds; None leaves it.
     threshold : log-odds below which it refuses; -inf never does.
+    width : factor on every gamma. Below 1 the kernels reach further: not what is deployed, but what an attacker may
+        follow, and attack on the way as if it were a defence.
     """
 
     network: keras.Model
@@ -52,6 +67,7 @@ class Defence:
     combiner: SVM | None = None
     platt: np.ndarray | None = None
     threshold: float = -np.inf
+    width: float = 1.0
 
     @property
     def randomised(self):
@@ -63,29 +79,40 @@ class Defence:
         with tf.init_scope():
             return feature_network(self.network, self.layers) if self.layers else self.network
 
-    def scores(self, x, widths=(1.0,), scaled=False):
-        """Decision values (n, classes) float64 of images `x`, a tensor for each factor of gamma in `widths`.
+    def scores(self, x, scaled=False):
+        """Decision values (n, classes) float64 of images `x`, a tensor.
 
         `scaled`: an image's gradient too small for float32 keeps its direction and loses its length.
         """
         outputs = tf.nest.flatten(self._features(x, training=False))
         if not self.layers:
-            return [tf.cast(outputs[0], tf.float64) for _ in widths]
+            return tf.cast(outputs[0], tf.float64)
         flat = [tf.reshape(h, (tf.shape(h)[0], int(np.prod(h.shape[1:])))) for h in outputs]
         wide, dtype = (_widen(*flat) if scaled else [tf.cast(h, tf.float64) for h in flat]), flat[0].dtype
-        layers = zip(*(each.scores(h, widths, dtype) for each, h in zip(self.svms, wide, strict=True)), strict=True)
+        layers = [each.scores(h, self.width, dtype) for each, h in zip(self.svms, wide, strict=True)]
         if self.combiner is None:
-            return [scores for (scores,) in layers]
-        return [self.combiner.scores(tf.concat(scores, axis=1), [width], tf.float64)[0]
-                for scores, width in zip(layers, widths, strict=True)]
+            return layers[0]
+        return self.combiner.scores(tf.concat(layers, axis=1), self.width, tf.float64)
 
-    def logits(self, x, widths=(1.0,)):
-        """Log-odds of the classes and, last, the threshold: (n, classes + 1) float64, side by side for `widths`."""
-        parts = []
-        for scores in self.scores(x, widths, scaled=True):
-            odds = scores if self.platt is None else scores * self.platt[0] + self.platt[1]
-            parts += [odds, tf.fill((tf.shape(odds)[0], 1), tf.constant(self.threshold, tf.float64))]
-        return tf.concat(parts, axis=1)
+    def __call__(self, x):
+        """Log-odds of the classes, float64, and how far the largest lies below the threshold."""
+        scores = self.scores(x, scaled=True)
+        odds = scores if self.platt is None else scores * self.platt[0] + self.platt[1]
+        return Outputs(odds, self.threshold - tf.reduce_max(odds, axis=1))
+
+    def paths(self, seed=0):
+        """The network alone; the defence itself; the defence with kernels that reach further."""
+        return {"unaware": Way(Network(self.network)), "exact": Way(self, (margin,)),
+                "smoothed": Way(self.smoothed(0.3), (margin,))}
+
+    def smoothed(self, width):
+        """The same defence with every gamma times `width`, kept with its graphs."""
+        check_positive(width=width)
+        return models.graph_of(self, ("smoothed", width), lambda: replace(self, width=width))
+
+    def as_float64(self):
+        """The same with a network that computes in float64."""
+        return replace(self, network=models.as_float64(self.network))
 
     def at(self, theta):
         """The same defence with reject threshold `theta`, a probability in (0, 1)."""
@@ -97,31 +124,13 @@ class Defence:
         """The same defence with the threshold that refuses the share `rate` of the clean *validation* images `x`."""
         if not 0 <= rate < 1:
             raise ValueError(f"rate is {rate}; expected a share of at least 0 and below 1")
-        return replace(self, threshold=float(np.quantile(evaluate(self, x)[:, :-1].max(axis=1), rate)))
+        check_images(x)
+        return replace(self, threshold=float(np.quantile(models.predict(self, x, 500).logits.max(axis=1), rate)))
 
     @property
     def theta(self):
         """The reject threshold as a probability."""
         return float(expit(self.threshold))
-
-
-def evaluate(defence, x, batch_size=500):
-    """`defence.logits` of images `x` (n, h, w, c) as an array (n, classes + 1), in batches."""
-    check_images(x)
-    return models.predict(defence.logits, x, batch_size)
-
-
-def outcomes(defence, x, y):
-    """What becomes of each image, (n,) int: an index into `OUTCOMES`."""
-    z = evaluate(defence, x)
-    check_labels(y, len(x), z.shape[1] - 1)
-    seen = z.argmax(axis=1)
-    return np.where(seen == z.shape[1] - 1, 1, np.where(seen == y, 0, 2))
-
-
-def rates(results):
-    """Shares of `outcomes` by name; they sum to 1."""
-    return {name: float(np.mean(np.asarray(results) == i)) for i, name in enumerate(OUTCOMES)}
 
 
 # ── Fitting ──
@@ -161,7 +170,7 @@ def fit(network, x, y, *, layers=(5, 7, 8), C=0.1, gamma=0.01, folds=None, theta
 
     Returns
     -------
-    Defence whose probabilities were calibrated on 5-fold scores of its last SVM, as scikit-learn's `predict_proba`.
+    Rejection whose probabilities were calibrated on 5-fold scores of its last SVM, as scikit-learn's `predict_proba`.
     """
     check_images(x)
     y, layers = check_labels(y, len(x), int(np.max(y)) + 1), tuple(layers)
@@ -174,7 +183,7 @@ def fit(network, x, y, *, layers=(5, 7, 8), C=0.1, gamma=0.01, folds=None, theta
             raise ValueError(f"C and gamma lack {part!r}; expected a number, or one for each of {parts}")
         check_positive(C=C[part], gamma=gamma[part])
     svm.check_classes(y, max(5, folds or 0))
-    feature_network(network, layers), Defence(network).at(theta)  # refuse bad ones before the work, not after it
+    feature_network(network, layers), Rejection(network).at(theta)  # refuse bad ones before the work, not after it
     svms, scores = [], []
     for n in layers:
         gram = None  # the last layer's goes before the next one's distances come
@@ -191,7 +200,7 @@ def fit(network, x, y, *, layers=(5, 7, 8), C=0.1, gamma=0.01, folds=None, theta
         gram = svm.kernel(svm.squared_distances(stacked), gamma[n])
         combiner = SVM.of(stacked, *svm.duals(gram, y, C[n], label and f"{label}, {n}"), gamma[n], C[n])
     lines = svm.platt(svm.out_of_fold(gram, y, C[n]), y)
-    return Defence(network, layers, tuple(svms), combiner, lines).at(theta)
+    return Rejection(network, layers, tuple(svms), combiner, lines).at(theta)
 
 
 def prepare(network, x, layers, label=None):
@@ -229,7 +238,7 @@ def load(path):
     network = models.load(Path(path).with_name(about["network"]))
     svms = [SVM(*(arrays[f"{i}.{name}"] for name in _ARRAYS), **kept) for i, kept in enumerate(about["svms"])]
     n = len(about["layers"])
-    return Defence(network, tuple(about["layers"]), tuple(svms[:n]), svms[n] if len(svms) > n else None,
+    return Rejection(network, tuple(about["layers"]), tuple(svms[:n]), svms[n] if len(svms) > n else None,
                    arrays.get("platt"), about["threshold"])
 
 

@@ -54,8 +54,8 @@ class SVM:
             back[~self.columns] = len(there)  # where `_distances` has a column of zeros
             return [tf.constant(array) for array in (self.vectors, norms, there, back, self.weights, self.bias)]
 
-    def scores(self, h, widths=(1.0,), dtype=tf.float32):
-        """Decision values of features `h` (n, p) float64, a tensor (n, classes) float64 for each factor on gamma.
+    def scores(self, h, width=1.0, dtype=tf.float32):
+        """Decision values of features `h` (n, p) float64, (n, classes) float64, with gamma times `width`.
 
         The two large matrix products run in `dtype`, all else in float64: exp(-gamma d^2) underflows in float32 beyond
         gamma d^2 = 103, and its gradient with it.
@@ -64,7 +64,7 @@ class SVM:
         if h.shape[1] != len(self.columns):
             raise ValueError(f"h has {h.shape[1]} features; expected {len(self.columns)}, those of the support vectors")
         distances = _distances(h, tf.cast(vectors, dtype), norms, there, back)
-        return [tf.exp(-self.gamma * width * distances) @ weights + bias for width in widths]
+        return tf.exp(-self.gamma * width * distances) @ weights + bias
 
 
 def _distances(h, vectors, norms, there, back):

@@ -13,9 +13,9 @@ class ThreatModel:
     """All images within `eps` of the original, in one norm, that are still valid images.
 
     norm : "linf" (largest change of a pixel) or "l2" (Euclidean length of the whole change).
-    eps : radius in pixel units of [0, 1]; 0.1 is 25.5/255.
+    eps : radius in pixel units of [0, 1]; 0.1 is 25.5/255. Infinity allows every valid image.
     bounds : (lowest, highest) value of a valid pixel.
-    Raises ValueError for another norm, empty bounds, an `eps` that is negative, not finite or (linf) in 0-255 units.
+    Raises ValueError for another norm, empty bounds, an `eps` that is negative, NaN or (linf) in 0-255 units.
     """
 
     norm: str
@@ -25,13 +25,13 @@ class ThreatModel:
     def __post_init__(self):
         if self.norm not in NORMS:
             raise ValueError(f"norm is {self.norm!r}; expected one of {NORMS}")
-        if not (np.isfinite(self.eps) and self.eps >= 0):
-            raise ValueError(f"eps is {self.eps}; expected a finite number >= 0, in [0, 1] pixel units")
+        if not self.eps >= 0:
+            raise ValueError(f"eps is {self.eps}; expected a number >= 0, in [0, 1] pixel units")
         low, high = (float(bound) for bound in self.bounds)
         object.__setattr__(self, "bounds", (low, high))  # a tuple, so that compiled graphs can be kept by it
         if not low < high:
             raise ValueError(f"bounds are {self.bounds}; expected (low, high) with low < high")
-        if self.norm == "linf" and self.eps > high - low:
+        if self.norm == "linf" and high - low < self.eps < np.inf:
             raise ValueError(f"eps is {self.eps}, more than the pixel range {high - low}; is it in 0-255 units?")
 
     def project(self, x_adv, x):
@@ -40,12 +40,12 @@ class ThreatModel:
 
     def random_start(self, x, seed):
         """Points drawn uniformly from the ball around each image and clipped to the bounds, (n, h, w, c) float32."""
-        rng = np.random.default_rng(seed)
+        rng, eps = np.random.default_rng(seed), min(self.eps, diameter(x.shape[1:], self.norm, self.bounds))
         if self.norm == "linf":
-            delta = rng.uniform(-self.eps, self.eps, x.shape)
+            delta = rng.uniform(-eps, eps, x.shape)
         else:  # a direction from the normal distribution, a radius with density r^(d-1)
             delta = rng.standard_normal(x.shape)
-            delta *= _stretch(delta, self.eps * rng.uniform(size=len(x)) ** (1 / x[0].size))
+            delta *= _stretch(delta, eps * rng.uniform(size=len(x)) ** (1 / x[0].size))
         return np.clip(x + delta, *self.bounds).astype("float32")
 
     def noise(self, x, seed=0):

@@ -7,10 +7,12 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from helpers.attacks import cross_entropy, input_gradient
 from helpers.checks import check_images, check_labels, check_positive
+from helpers.defence import as_defence, check_defence
 from helpers.evaluation import score
-from helpers.models import check_logits, inference, inner_graph, traced
+from helpers.losses import cross_entropy
+from helpers.models import inference, inner_graph, traced
+from helpers.search import input_gradient
 from helpers.threat import ThreatModel, projection
 
 
@@ -62,7 +64,7 @@ def fit(model, x, y, *, epochs, batch_size=364, learning_rate=1e-3, adversary=No
     over the epoch), "validation_loss", "validation_accuracy" (dropout off), and the monitor's.
     """
     check_images(x)
-    y = check_labels(y, len(x), check_logits(model, x).shape[1])
+    y = check_labels(y, len(x), check_defence(as_defence(model), x))
     check_positive(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate)
     if validation is not None:
         score(model, *validation)  # refuses bad data before the first epoch, not after it
