@@ -227,6 +227,6 @@ def evaluate(defence, x, y, threat, *, attacks=None, paths=None, surrogate=None,
     rows = [sanity_checks(defence, x, y, threat, path=last, surrogate=surrogate, steps=steps, queries=queries, seed=seed)]
     if examined and not randomised(last.outputs):
         attack, few = partial(standard.apgd, steps=steps), x[:examined]
-        rows += [pd.DataFrame(soundness.binarization(last.outputs, attack, few, threat, seed=seed)),
+        rows += [pd.DataFrame(soundness.binarization(defence, attack, few, threat, path=last, seed=seed)),
                  pd.DataFrame(soundness.indicators(defence, attack, few, y[:examined], threat, path=last, seed=seed))]
     return Report(outcomes(defence, x, y), won, found, table, pd.concat(rows, ignore_index=True))
