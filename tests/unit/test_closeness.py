@@ -69,12 +69,12 @@ def test_bad_images_are_refused():
 @settings(max_examples=25)
 @given(n=st.integers(1, 30), d=st.integers(1, 40), sigma=st.floats(0.3, 5), away=st.sampled_from([0, 1, 10, 300]),
        origin=st.sampled_from([0, 20]), seed=st.integers(0, 999))  # fmt: skip
-def test_kde_is_that_of_scikit_learn(n, d, sigma, away, origin, seed):
+def test_the_log_density_is_that_of_scikit_learn(n, d, sigma, away, origin, seed):
     """Far away too, where the density itself is zero in floating point, and far from the origin."""
     draw = np.random.default_rng(seed)
     points = (origin + draw.normal(0, 2, (n, d))).astype("float32")
     queries = (origin + draw.normal(0, 2, (7, d)) + away).astype("float32")
-    found = Closeness.fit(points, np.zeros(n, int), sigma, 1).kde(queries, np.zeros(7, int))
+    found = Closeness.fit(points, np.zeros(n, int), sigma, 1).log_density(queries, np.zeros(7, int))
     expected = of_sklearn(points, queries, sigma)
     assert found.dtype == np.float32 and np.isfinite(found).all()
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * 4 * d / sigma**2)  # terms of that size cancel
@@ -84,12 +84,12 @@ def test_a_density_that_underflows_still_has_its_logarithm():
     far = QUERIES + 100
     expected = of_sklearn(NEAR.points[0], far, SIGMA)
     assert (np.exp(expected) == 0).all()
-    np.testing.assert_allclose(NEAR.kde(far, np.zeros(11, int)), expected, rtol=1e-5)
+    np.testing.assert_allclose(NEAR.log_density(far, np.zeros(11, int)), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 500])
-def test_kde_compares_every_image_with_the_points_of_its_own_class(batch_size):
-    found = NEAR.kde(QUERIES, ASKED, batch_size)
+def test_the_log_density_compares_every_image_with_the_points_of_its_own_class(batch_size):
+    found = NEAR.log_density(QUERIES, ASKED, batch_size)
     for i, c in enumerate(ASKED):
         np.testing.assert_allclose(found[i], of_sklearn(OF_CLASS[c], QUERIES[i : i + 1], SIGMA)[0], rtol=1e-5)
 
@@ -97,13 +97,14 @@ def test_kde_compares_every_image_with_the_points_of_its_own_class(batch_size):
 def test_on_a_single_point_the_density_is_the_kernel():
     near = Closeness.fit(POINTS[:1], np.array([0]), 0.5, 1)
     moved = POINTS[:1] + np.eye(1, D, dtype="float32") * 0.25  # 0.25 away: exp(-(0.25 / 0.5)^2)
-    np.testing.assert_allclose(near.kde(np.concatenate([POINTS[:1], moved]), np.zeros(2, int)), [0, -0.25], atol=1e-6)
+    found = near.log_density(np.concatenate([POINTS[:1], moved]), np.zeros(2, int))
+    np.testing.assert_allclose(found, [0, -0.25], atol=1e-6)
 
 
 def test_members_restrict_the_points():
     members = ASKED[:, None] == LABELS[None, :]
     found = closeness.log_density(tf.constant(QUERIES), tf.constant(POINTS), SIGMA, members)
-    np.testing.assert_allclose(found, NEAR.kde(QUERIES, ASKED), rtol=1e-5)
+    np.testing.assert_allclose(found, NEAR.log_density(QUERIES, ASKED), rtol=1e-5)
     everyone = closeness.log_density(tf.constant(QUERIES), tf.constant(POINTS), SIGMA)
     np.testing.assert_allclose(everyone, of_sklearn(POINTS, QUERIES, SIGMA), rtol=1e-5)
 
@@ -210,7 +211,7 @@ def test_bad_points_are_refused(labels, options, error, message):
         Closeness.fit(POINTS, labels, **{"bandwidth": SIGMA, "classes": CLASSES} | options)
 
 
-@pytest.mark.parametrize("measure", [NEAR.kde, NEAR.kl])
+@pytest.mark.parametrize("measure", [NEAR.log_density, NEAR.kl])
 def test_the_classes_asked_for_are_checked(measure):
     np.testing.assert_array_equal(measure(QUERIES, ASKED.tolist()), measure(QUERIES, ASKED))
     for classes, error in [(ASKED + 1, ValueError), (ASKED - 1, ValueError), (ASKED[1:], TypeError), (0, TypeError)]:
@@ -219,7 +220,7 @@ def test_the_classes_asked_for_are_checked(measure):
 
 
 def test_densities_and_divergences_compute_in_float64_too():
-    """As `detection.guarded` needs them for checks by finite differences."""
+    """As `detection.Guarded` needs them for checks by finite differences."""
     model, exact = network(), as_float64(network())
     hidden = closeness.last_hidden(exact)(tf.constant(X, tf.float64))
     assert hidden.dtype == tf.float64
