@@ -364,7 +364,7 @@ def changed(tmp_path, monkeypatch):
     return change
 
 
-USES = {  # how a unit comes to use helpers.training, the attacks it imports and the models that these import
+USES = {  # how a unit comes to use helpers.training, and with it the attacks, the defences and the models
     "module": ("from helpers import training", "len(training.__name__)"),
     "name": ("from helpers.training import fit", "len(fit.__name__)"),
     "alias": ("from helpers import training as t", "len(t.__name__)"),
@@ -382,7 +382,7 @@ def test_the_helpers_that_a_unit_reaches_count(chapter, changed, imports, use):
     for module in ("figures", "records", "files", "units"):  # these compute nothing
         changed(module)
     assert chapter(text) == 1
-    for files, module in enumerate(("training", "attacks", "models", "threat"), start=2):
+    for files, module in enumerate(("training", "attacks", "defence", "models", "threat"), start=2):
         changed(module)
         assert chapter(text) == files
 
