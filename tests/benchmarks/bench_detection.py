@@ -4,8 +4,8 @@ Same images, networks, batches and threads in one process, with oneDNN on (sciki
 A round runs each contender once, every round in another order; the first round, which compiles, is not counted (that
 of the density has few queries). Medians are shown.
 
-    density  Closeness.kde, and score_samples of scikit-learn's KernelDensity, on last hidden activations of noisy test
-             images; all points are of one class, so that every query is compared with every point
+    density  Closeness.log_density, and score_samples of scikit-learn's KernelDensity, on last hidden activations of
+             noisy test images; all points are of one class, so that every query is compared with every point
     dropout  T predictions by uncertainty.sample, and T plain predictions by the compiled network, of the same images
 
 Usage: python tests/benchmarks/bench_detection.py [--help].
@@ -52,7 +52,7 @@ def measure_density(points, queries, bandwidth, repeats):
     near, one_class = closeness.Closeness((points,), bandwidth), np.zeros(len(queries), int)
     tree = KernelDensity(bandwidth=bandwidth / np.sqrt(2)).fit(points)  # its kernel is exp(-d^2 / (2 h^2)) ...
     normalisation = points.shape[1] / 2 * np.log(np.pi * bandwidth**2)  # ... divided by its integral
-    scores = {"ours": lambda n: near.kde(queries[:n], one_class[:n]),
+    scores = {"ours": lambda n: near.log_density(queries[:n], one_class[:n]),
               "scikit-learn": lambda n: tree.score_samples(queries[:n]) + normalisation}  # fmt: skip
     first, calls = ({name: partial(score, n) for name, score in scores.items()} for n in (500, len(queries)))
     table, found = rounds(calls, repeats, "density", first)

@@ -22,7 +22,7 @@ from common import parser, report, rounds, verdicts
 from sklearn.svm import SVC
 from tqdm import tqdm
 
-from helpers import adaptive, attacks, data, evaluation, models, rejection, training
+from helpers import attacks, data, evaluation, models, rejection, training
 from helpers import svm as svms
 from helpers.threat import ThreatModel
 
@@ -54,16 +54,18 @@ def measure_fit(h, y, new, C, gamma, repeats):
         svm = svms.SVM.of(h, *svms.duals(gram, y, C), gamma, C)
         seconds["ours"].append(time.perf_counter() - start)
     theirs = np.stack([one.decision_function(new) for one in plain], axis=1)
-    difference = np.abs(svm.scores(tf.constant(new, tf.float64))[0] - theirs).max()
+    difference = np.abs(svm.scores(tf.constant(new, tf.float64)) - theirs).max()
     return seconds["plain"], float(np.median(seconds["ours"])), float(difference), len(svm.vectors)
 
 
 def measure_step(defence, x, y, steps, repeats):
     """Seconds, and milliseconds of a gradient, of the bare network and of the defence."""
-    threat, aware = ThreatModel("l2", 0.5), adaptive.evasion(10)
-    pgd = partial(attacks.pgd, x=x, y=y, threat=threat, steps=steps, step_size=1e-3, batch_size=len(x))
-    calls = {"bare network": partial(pgd, defence.network, losses=("margin",)),
-             "DNR": partial(pgd, defence.logits, losses=(aware,), goal=aware)}  # fmt: skip
+    def attack(model, loss, goal=None):
+        return attacks.pgd(model, x, y, ThreatModel("l2", 0.5), steps=steps, step_size=1e-3, losses=(loss,), goal=goal,
+                           batch_size=len(x)).images
+
+    calls = {"bare network": partial(attack, defence.network, "margin"),
+             "DNR": partial(attack, defence, rejection.margin, rejection.margin)}  # fmt: skip
     table, _ = rounds(calls, repeats, "step")
     table["ms/gradient"] = 1000 * table["seconds"] / steps / len(x)
     return table
