@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from skimage.restoration import denoise_tv_chambolle
 
 from helpers import attacks, evaluation, models, purification
-from helpers.purification import StraightThrough, TotalVariation, autoencoder, composite_loss, defended
+from helpers.defence import Behind
+from helpers.losses import evasion, margin
+from helpers.purification import TotalVariation, autoencoder, composite_loss, defended
+from helpers.search import input_gradient
 from helpers.threat import ThreatModel
 
 SHAPE = (16, 16, 1)
@@ -94,8 +97,10 @@ def test_the_linear_layer_carries_a_pixel_across_the_image():
 
 def test_the_whole_is_the_classifier_of_the_purified_image():
     purifier, classifier = small(), frozen()
-    np.testing.assert_allclose(models.inference(defended(purifier, classifier))(X),
-                               classifier(purifier(X), training=False), atol=1e-6)
+    whole, expected = defended(purifier, classifier), classifier(purifier(X), training=False)
+    np.testing.assert_allclose(whole(X).logits, expected, atol=1e-6)
+    np.testing.assert_allclose(evaluation.logits(whole, X), expected, atol=1e-5)
+    assert not whole.randomised and list(whole.paths()) == ["unaware", "exact", "BPDA"]
 
 
 def test_the_gradient_goes_through_both():
@@ -105,18 +110,23 @@ def test_the_gradient_goes_through_both():
     assert evaluation.has_gradient(whole, X, Y).all()
 
 
-def test_the_whole_comes_back_from_the_disk(tmp_path):
+def test_the_whole_comes_back_from_the_disk_as_its_two_parts(tmp_path):
     whole = defended(small(), frozen())
-    copy = models.load(tmp_path / models.save(whole, tmp_path))
-    np.testing.assert_array_equal(models.inference(copy)(X), models.inference(whole)(X))
+    purifier, classifier = (models.load(tmp_path / models.save(part, tmp_path))
+                            for part in (whole.before, whole.network))
+    classifier.trainable = False
+    np.testing.assert_array_equal(defended(purifier, classifier)(X).logits, whole(X).logits)
 
 
 def test_an_attack_on_the_whole_is_stronger_than_one_on_the_classifier():
     whole, classifier, threat = defended(small(), frozen()), frozen(), ThreatModel("linf", 0.1)
     y = evaluation.logits(whole, X).argmax(axis=1)
-    lost = {name: attacks.margin(models.inference(whole)(attacks.pgd(model, X, y, threat, steps=10)), y).numpy().mean()
-            for name, model in (("end to end", whole), ("classifier alone", classifier))}
-    assert lost["end to end"] > lost["classifier alone"]
+    found = {path: attacks.pgd(whole, X, y, threat, steps=10, path=path) for path in ("exact", "unaware")}
+    assert found["exact"].value.mean() > found["unaware"].value.mean()
+    for each in found.values():
+        np.testing.assert_allclose(margin(evaluation.logits(whole, each.images), y), each.value, atol=1e-5)
+    alone = attacks.pgd(classifier, X, y, threat, steps=10).images
+    assert found["exact"].value.mean() > margin(evaluation.logits(whole, alone), y).numpy().mean()
 
 
 @pytest.mark.parametrize("make", [defended, lambda p, f: purification.fit(p, f, X, X, Y, weight=1, epochs=1)])
@@ -137,10 +147,11 @@ def test_a_classifier_that_is_not_frozen_is_refused(make):
 
 def test_bpda_computes_forward_what_is_deployed_and_backward_the_classifier_alone():
     purifier, classifier = small(), frozen()
-    through, x = StraightThrough(purifier, classifier), tf.constant(X)
-    np.testing.assert_allclose(through(x), defended(purifier, classifier)(X, training=False), atol=1e-5)
-    gradient, *_ = attacks.input_gradient(through, attacks.margin, x, Y)
-    expected, *_ = attacks.input_gradient(models.inference(classifier), attacks.margin, purifier(x, training=False), Y)
+    whole, x = defended(purifier, classifier), tf.constant(X)
+    through = whole.paths()["BPDA"].outputs
+    np.testing.assert_allclose(through(x).logits, whole(x).logits, atol=1e-5)
+    gradient, *_ = input_gradient(through, evasion, x, Y)
+    expected, *_ = input_gradient(models.inference(classifier), margin, purifier(x, training=False), Y)
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
 
 
@@ -154,17 +165,15 @@ def test_total_variation_is_that_of_scikit_image_for_each_image_alone():
 
 def test_an_attack_gets_through_total_variation_by_bpda_alone():
     classifier, threat = frozen(), ThreatModel("linf", 0.05)
-    through = StraightThrough(TotalVariation(0.05), classifier)
-    y = models.predict(through, X, 10).argmax(axis=1)
-    x_adv = attacks.pgd(through, X, y, threat, steps=5)
+    smoothed = Behind(TotalVariation(0.05), classifier, exact=False)
+    y = evaluation.logits(smoothed, X).argmax(axis=1)
+    assert list(smoothed.paths()) == ["unaware", "BPDA"]
+    x_adv = attacks.pgd(smoothed, X, y, threat, steps=5, path="BPDA").images
     assert threat.distance(x_adv, X).max() <= 0.05 + 1e-6
-    before, after = (attacks.margin(models.predict(through, images, 10), y).numpy() for images in (X, x_adv))
+    before, after = (margin(evaluation.logits(smoothed, images), y).numpy() for images in (X, x_adv))
     assert (after >= before).all() and after.mean() > before.mean() + 0.01
-
-    def no_way_back(x):
-        return models.inference(classifier)(TotalVariation(0.05)(x))
-
-    assert not evaluation.has_gradient(no_way_back, X, Y).any()
+    assert not evaluation.has_gradient(smoothed, X, Y).any()
+    assert evaluation.has_gradient(smoothed.paths()["BPDA"], X, Y).all()
 
 
 @pytest.mark.parametrize("weight", [0, -1.0, float("nan")])
@@ -251,7 +260,7 @@ def test_bad_input_of_the_training_is_named(change, error, message):
 
 def test_eps_in_units_of_255_is_refused_where_the_images_are_made():
     with pytest.raises(ValueError, match="is it in 0-255 units"):
-        attacks.fgsm(frozen(), X, Y, 2.55)
+        attacks.fgsm(frozen(), X, Y, ThreatModel("linf", 2.55))
 
 
 def test_a_loss_that_is_not_finite_stops_the_training():
