@@ -92,11 +92,13 @@ class Behind:
     before : Keras network, layer or function from images (n, h, w, c) to images of that shape.
     network : Keras network or function from images to logits, or a `Defence`.
     exact : whether `before` has a gradient worth following.
+    instead : differentiable function like `before`, whose gradient an attacker may take for it; None: there is none.
     """
 
     before: Callable
     network: Callable
     exact: bool = True
+    instead: Callable | None = None
 
     @property
     def randomised(self):
@@ -112,9 +114,12 @@ class Behind:
         return models.inference(self.before)(x)
 
     def paths(self, seed=0):
-        """The network alone; both; BPDA, the identity in place of the gradient of `before`; the mean over draws."""
-        ways = {"unaware": Path(as_defence(self.network)), **({"exact": Path(self)} if self.exact else {}),
-                "BPDA": Path(models.graph_of(self, "BPDA", lambda: StraightThrough(self.before, self.network)))}
+        """The network alone; both; BPDA, the identity or `instead` on the way back; the mean over draws."""
+        ways = {"unaware": Path(as_defence(self.network)), **({"exact": Path(self)} if self.exact else {})}
+        for name, instead in (("BPDA", tf.identity), ("approximated", self.instead)):
+            if instead:
+                build = partial(StraightThrough, self.before, self.network, instead)
+                ways[name] = Path(models.graph_of(self, name, build))
         if self.randomised:
             best = list(ways.values())[1].outputs
             ways["EOT"] = Path(models.graph_of(self, "EOT", lambda: Mean(best)))
@@ -122,15 +127,16 @@ class Behind:
 
     def as_float64(self):
         """The same in float64."""
-        return Behind(models.as_float64(self.before), models.as_float64(self.network), self.exact)
+        return Behind(models.as_float64(self.before), models.as_float64(self.network), self.exact, self.instead)
 
 
 @dataclass(frozen=True, eq=False)
 class StraightThrough:
-    """BPDA with the identity (Athalye et al. 2018): `before` in the forward pass, nothing in the backward pass."""
+    """BPDA (Athalye et al. 2018): `before` in the forward pass, `instead`, by default the identity, in the backward one."""
 
     before: Callable
     network: Callable
+    instead: Callable = tf.identity
 
     @property
     def randomised(self):
@@ -142,8 +148,9 @@ class StraightThrough:
         return as_defence(self.network)(self.shown(x))
 
     def shown(self, x):
-        """What the network sees of `x`, with the gradient of the identity."""
-        return x + tf.stop_gradient(models.inference(self.before)(x) - x)
+        """What the network sees of `x`, with the gradient of `instead`."""
+        alike = self.instead(x)
+        return alike + tf.stop_gradient(models.inference(self.before)(x) - alike)
 
 
 @dataclass(frozen=True, eq=False)

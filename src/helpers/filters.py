@@ -5,8 +5,11 @@ same as a layer, which checks its arguments and can be saved with a network.
 At the border images are mirrored, with the edge pixel repeated: the mode "reflect" of SciPy and scikit-image.
 """
 
+from functools import partial
+
 import keras
 import numpy as np
+import scipy.fft
 import tensorflow as tf
 
 from helpers.checks import check_images, known
@@ -57,6 +60,47 @@ def jpeg(x, quality):
 def bits(x, depth):
     """Round to 2^`depth` grey levels from 0 to 1; the gradient is zero."""
     return tf.round(x * (2**depth - 1)) / (2**depth - 1)
+
+
+# Quantisation of the 8 x 8 cosine coefficients at quality 50: ITU-T T.81 (1992), Tables K.1 and K.2.
+_LUMINANCE = """16 11 10 16 24 40 51 61  12 12 14 19 26 58 60 55  14 13 16 24 40 57 69 56  14 17 22 29 51 87 80 62
+    18 22 37 56 68 109 103 77  24 35 55 64 81 104 113 92  49 64 78 87 103 121 120 101  72 92 95 98 112 100 103 99"""
+_CHROMINANCE = """17 18 24 47 99 99 99 99  18 21 26 66 99 99 99 99  24 26 56 99 99 99 99 99  47 66 99 99 99 99 99 99
+    99 99 99 99 99 99 99 99  99 99 99 99 99 99 99 99  99 99 99 99 99 99 99 99  99 99 99 99 99 99 99 99"""
+_YCBCR = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
+
+
+def jpeg_like(x, quality):
+    """JPEG as a differentiable function (Shin and Song 2017): rounding is replaced by a cubic that is flat on integers.
+
+    Its gradient tells an attacker which coefficients the file keeps. Colour is halved in size, as by `jpeg`.
+    """
+    height, width, channels = x.shape[1:]
+    x = tf.pad(255 * x, ((0, 0), (0, -height % 16), (0, -width % 16), (0, 0)), "SYMMETRIC")
+    if channels == 1:
+        x = _quantised(x - 128, _LUMINANCE, quality) + 128
+    else:
+        plane = tf.tensordot(x, tf.constant(_YCBCR.T, x.dtype), 1) - tf.constant([128, 0, 0], x.dtype)
+        small = _quantised(tf.nn.avg_pool2d(plane[..., 1:], 2, 2, "VALID"), _CHROMINANCE, quality)
+        colour = tf.repeat(tf.repeat(small, 2, axis=1), 2, axis=2)
+        plane = tf.concat([_quantised(plane[..., :1], _LUMINANCE, quality) + 128, colour], axis=-1)
+        x = tf.tensordot(plane, tf.constant(np.linalg.inv(_YCBCR).T, x.dtype), 1)
+    return tf.clip_by_value(x[:, :height, :width] / 255, 0, 1)
+
+
+def _quantised(plane, table, quality):
+    """Planes (n, h, w, c) after the cosine transform of each block of 8 x 8, soft rounding, and the way back."""
+    n, (h, w, c) = tf.shape(plane)[0], plane.shape[1:]
+    h, w = -(-h // 8) * 8, -(-w // 8) * 8
+    plane = tf.pad(plane, ((0, 0), (0, h - plane.shape[1]), (0, w - plane.shape[2]), (0, 0)), "SYMMETRIC")
+    scale = 5000 / quality if quality < 50 else 200 - 2 * quality
+    step = np.clip(np.floor((np.array(table.split(), float) * scale + 50) / 100), 1, 255).reshape(8, 8)
+    cosine, step = tf.constant(scipy.fft.dct(np.eye(8), axis=0, norm="ortho"), plane.dtype), tf.constant(step, plane.dtype)
+    blocks = tf.transpose(tf.reshape(plane, (n, h // 8, 8, w // 8, 8, c)), (0, 1, 3, 5, 2, 4))
+    coefficients = cosine @ blocks @ tf.transpose(cosine) / step
+    whole = tf.stop_gradient(tf.round(coefficients))
+    blocks = tf.transpose(cosine) @ (step * (whole + (coefficients - whole) ** 3)) @ cosine
+    return tf.reshape(tf.transpose(blocks, (0, 1, 4, 2, 5, 3)), (n, h, w, c))
 
 
 FILTERS = {"gaussian": gaussian, "median": median, "jpeg": jpeg, "bits": bits}
@@ -116,11 +160,12 @@ def apply(x, kind, value, batch_size=100):
 def defend(network, kind, value):
     """The filter in front of `network`, a Keras network from images of a fixed size to logits, as a `defence.Behind`.
 
-    Its paths: "unaware", "exact" where the filter has a gradient, and "BPDA".
+    Its paths: "unaware", "exact" where the filter has a gradient, "BPDA", and for JPEG "approximated", by `jpeg_like`.
     """
     layer = Filter(kind, value)
     layer.build((None, *network.input_shape[1:]))  # here, so that a window that is too large is an error of its own
-    return Behind(layer, network, exact=kind in ("gaussian", "median"))
+    instead = partial(jpeg_like, quality=layer.value) if kind == "jpeg" else None
+    return Behind(layer, network, exact=kind in ("gaussian", "median"), instead=instead)
 
 
 def _mirrored(x, reach):
