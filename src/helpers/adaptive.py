@@ -75,7 +75,7 @@ def dense(defence, density, weight):
 
 def strong(
     defence, x, y, threat, x_train, y_train, *, steps=200, restarts=4, width=0.3, density=None, weight=0.0,
-    batch_size=500, seed=0, label=None,
+    batch_size=500, seed=0, label=None, path=None,
 ):  # fmt: skip
     """PGD on the reject-aware margin, from starts that already resemble another class; the best iterate is kept.
 
@@ -83,7 +83,8 @@ def strong(
     gradient reaches further, then half on the defence itself. The second restart begins at `nearest_starts`, the others
     where PGD drives the bare network to the most, the next, ... probable wrong class. Images that evade leave.
     `density`, from `kernel_density`, adds `weight` times the log-density of the wrong class to the loss. `label` is the
-    text of the progress bar; None shows none.
+    text of the progress bar; None shows none. `path` changes nothing: this attack chooses its own; it is there so that
+    `evaluation.sanity_checks` can call it as it calls others.
     """
     aim, y, found = opened(defence, x, y, threat, batch_size=batch_size, steps=steps, restarts=restarts)
     order, soft = _wrong_classes(defence.network, x, y), defence.smoothed(width)
