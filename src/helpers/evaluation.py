@@ -182,7 +182,7 @@ def sanity_checks(defence, x, y, threat, *, attack=PGD, path=None, surrogate=Non
         same = np.isclose(*again, rtol=1e-3, atol=1e-3).all(axis=1)
         rows.insert(0, flags.share("images with the same answer twice", same, 1.0))
     if surrogate is not None:
-        moved = attack(defence, x, y, threat, path=surrogate, steps=steps, losses=("margin",), seed=seed)
+        moved = attacks.pgd(defence, x, y, threat, path=surrogate, steps=steps, losses=("margin",), seed=seed)
         rows.append(flags.difference("white box less transfer", strong, moved.value > 0))
     return pd.DataFrame(rows)
 
