@@ -12,7 +12,6 @@ import numpy as np
 import scipy.optimize
 import tensorflow as tf
 
-from helpers.checks import check_positive, known
 from helpers.losses import LOSSES, cross_entropy, evasion, margin, on_outputs  # noqa: F401
 from helpers.models import inner_graph, traced
 from helpers.search import Found, advance, check_finite, direction, input_gradient, opened, select, single
@@ -78,7 +77,7 @@ def fgsm(defence, x, y, threat, *, loss="cross-entropy", target=None, path=None,
 
 def bim(defence, x, y, threat, *, steps=10, step_size=None, loss="cross-entropy", target=None, path=None,
         batch_size=500):  # fmt: skip
-    """Basic iterative method, I-FGSM: `steps` steps from x, clipped to the ball (Kurakin et al. 2017; paper 02, Eqn. 2).
+    """Basic iterative method, I-FGSM: `steps` steps from x in the ball (Kurakin et al. 2017; paper 02, Eqn. 2).
 
     `step_size` defaults to eps / steps. Reports the last iterate, as published.
     """

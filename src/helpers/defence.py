@@ -132,7 +132,7 @@ class Behind:
 
 @dataclass(frozen=True, eq=False)
 class StraightThrough:
-    """BPDA (Athalye et al. 2018): `before` in the forward pass, `instead`, by default the identity, in the backward one."""
+    """BPDA (Athalye et al. 2018): `before` in the forward pass, `instead`, the identity or near it, in the backward."""
 
     before: Callable
     network: Callable
@@ -241,7 +241,7 @@ def check_defence(defence, x):
         models.check_size(inner, x)
     paths = defence.paths()
     if not isinstance(paths, Mapping) or not paths or not all(isinstance(path, Path) for path in paths.values()):
-        raise TypeError(f"paths() of the defence gives {paths!r:.80}; expected a dictionary, name -> Path, of one or more")
+        raise TypeError(f"paths() of the defence gives {paths!r:.80}; expected one or more, name -> Path")
     return check_outputs(defence, x)
 
 

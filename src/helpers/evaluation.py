@@ -155,7 +155,8 @@ def sanity_checks(defence, x, y, threat, *, attack=PGD, path=None, surrogate=Non
     path = way(defence, path, seed)
 
     def run(eps=threat.eps, **options):
-        found = attack(defence, x, y, replace(threat, eps=eps), **{"path": path, "steps": steps, "seed": seed} | options)
+        options = {"path": path, "steps": steps, "seed": seed} | options
+        found = attack(defence, x, y, replace(threat, eps=eps), **options)
         return found.images, found.value > 0
 
     def beaten(images):
@@ -220,11 +221,12 @@ def evaluate(defence, x, y, threat, *, attacks=None, paths=None, surrogate=None,
     images on which the binarization test and the indicators of attack failure are run, one by one; 0 leaves them out.
     """
     defence = as_defence(defence)
-    found, table = standard.standard(defence, x, y, threat, attacks=attacks, paths=paths, surrogate=surrogate, seed=seed)
+    options = {"surrogate": surrogate, "seed": seed}
+    found, table = standard.standard(defence, x, y, threat, attacks=attacks, paths=paths, **options)
     won = np.where(found.value > 0, 2, np.where(outcomes(defence, found.images, y) == 1, 1, 0))
     named = defence.paths(seed)
     last = named[list(named)[-1] if paths is None else paths[-1]]  # the strongest path comes last
-    rows = [sanity_checks(defence, x, y, threat, path=last, surrogate=surrogate, steps=steps, queries=queries, seed=seed)]
+    rows = [sanity_checks(defence, x, y, threat, path=last, steps=steps, queries=queries, **options)]
     if examined and not randomised(last.outputs):
         attack, few = partial(standard.apgd, steps=steps), x[:examined]
         rows += [pd.DataFrame(soundness.binarization(defence, attack, few, threat, path=last, seed=seed)),

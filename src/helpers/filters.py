@@ -95,7 +95,8 @@ def _quantised(plane, table, quality):
     plane = tf.pad(plane, ((0, 0), (0, h - plane.shape[1]), (0, w - plane.shape[2]), (0, 0)), "SYMMETRIC")
     scale = 5000 / quality if quality < 50 else 200 - 2 * quality
     step = np.clip(np.floor((np.array(table.split(), float) * scale + 50) / 100), 1, 255).reshape(8, 8)
-    cosine, step = tf.constant(scipy.fft.dct(np.eye(8), axis=0, norm="ortho"), plane.dtype), tf.constant(step, plane.dtype)
+    cosine = tf.constant(scipy.fft.dct(np.eye(8), axis=0, norm="ortho"), plane.dtype)
+    step = tf.constant(step, plane.dtype)
     blocks = tf.transpose(tf.reshape(plane, (n, h // 8, 8, w // 8, 8, c)), (0, 1, 3, 5, 2, 4))
     coefficients = cosine @ blocks @ tf.transpose(cosine) / step
     whole = tf.stop_gradient(tf.round(coefficients))

@@ -57,7 +57,7 @@ def targeted_dlr(logits, y, target):
 
 
 def evasion(outputs, y):
-    """Margin of what a defence answers, capped by minus its refusal, (n,): above 0 where it is wrong and not refused."""
+    """Margin of a defence's answers, capped by minus the refusal, (n,): above 0 where it is wrong and not refused."""
     return tf.minimum(margin(outputs.logits, y), -outputs.refusal)
 
 
@@ -67,9 +67,11 @@ def reached(outputs, wanted):
 
 
 def on_outputs(loss, descend=False):
-    """`loss` as a function of what a defence answers: a name in `LOSSES` or `TARGETED` is of the logits, capped by minus
-    the refusal (to `descend`, at least the refusal), so that who follows it leaves the region where he is refused; a
-    function of (Outputs, y) is taken as it is."""
+    """`loss` as a function of what a defence answers.
+
+    A name in `LOSSES` or `TARGETED` is of the logits, capped by minus the refusal (to `descend`: at least the refusal),
+    so that who follows it leaves the region where he is refused. A function of (Outputs, y) is taken as it is.
+    """
     if callable(loss):
         return loss
     of_logits = (LOSSES | TARGETED)[loss]

@@ -264,7 +264,7 @@ def inner_graph(function, model):
 
 
 def predict(model, x, batch_size):
-    """Outputs of `forward(model, x)` for images `x` that are known to be valid, in batches: (n, ...), one or several."""
+    """Outputs of `forward(model, x)` for images `x` that are known to be valid, in batches: arrays (n, ...)."""
     outputs = forward(model, x)
     parts = [outputs(tf.constant(x[i : i + batch_size])) for i in range(0, len(x), batch_size)]
     return tf.nest.map_structure(lambda *each: np.concatenate(each), *parts)
@@ -278,8 +278,7 @@ def check_size(model, x):
 
 
 def check_logits(logits):
-    """Raise ValueError unless `logits` (n, classes) are: where they are of another shape, NaN, or the rows of a softmax,
-    non-negative with a sum of 1."""
+    """Raise ValueError where `logits` are not (n, classes), are NaN, or have rows of a softmax: >= 0, with sum 1."""
     if logits.ndim != 2:
         raise ValueError(f"model gives shape {logits.shape}; expected logits of shape (n, classes)")
     if np.isnan(logits).any():

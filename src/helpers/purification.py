@@ -7,12 +7,11 @@ import numpy as np
 import tensorflow as tf
 from keras import layers
 from skimage.restoration import denoise_tv_chambolle
-from tqdm import tqdm
 
+from helpers import training
 from helpers.checks import check_images, check_labels, check_positive
 from helpers.defence import Behind, as_defence, check_defence
 from helpers.losses import cross_entropy
-from helpers.models import traced
 
 
 def autoencoder(input_shape, *, filters=(32, 64, 128, 256), seed=0):
@@ -95,7 +94,7 @@ class TotalVariation:
         return tf.ensure_shape(cleaned, x.shape)
 
     def unrolled(self, x, steps=30):
-        """The first `steps` steps of the same iteration, written out: differentiable, and near enough for an attacker."""
+        """The first `steps` steps of the same iteration, written out: differentiable, and near enough to attack by."""
         p = (tf.zeros_like(x), tf.zeros_like(x))
         for _ in range(steps):
             change = sum(tf.pad(part[:, :-1] if axis == 1 else part[:, :, :-1], _behind(axis, first=True)) - part
@@ -137,35 +136,18 @@ def fit(purifier, classifier, x_in, x, y, *, weight, epochs, batch_size=32, lear
     if x_in.shape != x.shape or x.shape[1:] != purifier.input_shape[1:]:
         raise ValueError(f"x_in {x_in.shape} and x {x.shape} should have one shape, the purifier's "
                          f"{purifier.input_shape[1:]}")
-    check_positive(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate)
     if not (np.isfinite(weight) and weight >= 0):
         raise ValueError(f"weight is {weight}; expected a finite number >= 0")
     classes = check_defence(as_defence(classifier), x)
     y = check_labels(y, len(x), classes)
     if missing := sorted(set(range(classes)) - set(y.tolist())):
         raise ValueError(f"y lacks the classes {missing} of {classes}; expected images of every class to train on")
-    step, rng, history = _step(purifier, classifier, weight, learning_rate), np.random.default_rng(seed), {}
-    for _ in tqdm(range(epochs), desc=label, disable=label is None, unit="epoch"):
-        order, total = rng.permutation(len(x)), 0.0
-        for i in range(0, len(x), batch_size):
-            b = order[i : i + batch_size]
-            total += float(step(x_in[b], x[b], y[b])) * len(b)
-        if not np.isfinite(total):
-            raise FloatingPointError("the loss is not finite; try a smaller learning_rate")
-        for key, value in ({"loss": total / len(x)} | (monitor(purifier) if monitor else {})).items():
-            history.setdefault(key, []).append(value)
-    return history
 
+    def losses_of(x_in, x, y, seed):
+        purified = purifier(x_in, training=True)
+        logits = classifier(purified, training=False)
+        return composite_loss(purified, x, logits, y, weight), tf.argmax(logits, axis=1) == y
 
-def _step(purifier, classifier, weight, learning_rate):
-    optimizer = keras.optimizers.Adam(learning_rate)
-    optimizer.build(purifier.trainable_variables)
-
-    def step(x_in, x, y):
-        with tf.GradientTape() as tape:
-            purified = purifier(x_in, training=True)
-            loss = tf.reduce_mean(composite_loss(purified, x, classifier(purified, training=False), y, weight))
-        optimizer.apply(tape.gradient(loss, purifier.trainable_variables))
-        return loss
-
-    return traced(step, Behind(purifier, classifier), reduce_retracing=True)
+    history = training.descend(purifier, losses_of, (x_in, x, y), epochs=epochs, batch_size=batch_size, after=monitor,
+                               learning_rate=learning_rate, owner=Behind(purifier, classifier), seed=seed, label=label)
+    return {key: values for key, values in history.items() if key != "accuracy"}  # of the classifier on the batches

@@ -17,7 +17,8 @@ from scipy.special import expit, logit
 
 from helpers import files, models, svm
 from helpers.checks import check_images, check_labels, check_positive
-from helpers.defence import Network, Outputs, Path as Way
+from helpers.defence import Network, Outputs
+from helpers.defence import Path as Way
 from helpers.svm import SVM
 
 _ARRAYS = ("vectors", "columns", "weights", "bias")

@@ -96,7 +96,7 @@ def opened(defence, x, y, threat, *, path=None, goal=None, target=None, start=No
     if target is not None:
         target = check_labels(target, len(x), classes)
         if (same := np.flatnonzero(target == y)).size:
-            raise ValueError(f"target equals y for the images {same[:5].tolist()}; expected another class than the true")
+            raise ValueError(f"target equals y for the images {same[:5].tolist()}; expected another class")
     if start is not None:
         check_images(start, "start", threat.bounds)
         if start.shape != x.shape:

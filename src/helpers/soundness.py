@@ -19,7 +19,6 @@ from helpers.models import inference, part, predict, randomised
 from helpers.search import single
 from helpers.threat import diameter
 
-
 # ── The binarization test ──
 
 
@@ -54,9 +53,9 @@ def binarization(defence, attack, x, threat, *, path=None, features=None, inner=
                  seed=0):  # fmt: skip
     """Does `attack` find an adversarial image that is known to exist? (Zimmermann et al. 2022)
 
-    For each image the last layer of the network gives way to a readout with two classes: it tells points within 0.95 eps
-    of the image from one point at eps, and its boundary lies close to that point. An attack that is strong enough for the
-    network finds such a point; one that does not would have found nothing on the network either.
+    For each image the last layer of the network gives way to a readout with two classes: it tells points within
+    0.95 eps of the image from one point at eps, and its boundary lies close to that point. An attack that is strong
+    enough for the network finds such a point; one that does not would have found nothing on the network either.
 
     path : what is differentiated in the place of the `defence`, and read here.
     features : network or function from images to features (n, width) that the readout reads; default what enters the

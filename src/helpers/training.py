@@ -65,50 +65,71 @@ def fit(model, x, y, *, epochs, batch_size=364, learning_rate=1e-3, adversary=No
     """
     check_images(x)
     y = check_labels(y, len(x), check_defence(as_defence(model), x))
-    check_positive(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate)
     if validation is not None:
         score(model, *validation)  # refuses bad data before the first epoch, not after it
-    epoch = _epoch(model, tf.constant(x), tf.constant(y), min(batch_size, len(x)), learning_rate, adversary)
-    rng, history = np.random.default_rng(seed), {}
-    for number in tqdm(range(epochs), desc=label, disable=label is None, unit="epoch", leave=True):
-        loss, accuracy = epoch(tf.constant(rng.permutation(len(x))), tf.constant([seed, number]))
-        if not np.isfinite(loss):
-            raise FloatingPointError(f"the loss is {float(loss)} in epoch {number + 1}; try a smaller learning_rate")
-        record = {"loss": float(loss), "accuracy": float(accuracy)}
-        if validation is not None:
-            record |= {f"validation_{key}": value for key, value in score(model, *validation).items()}
-        for key, value in (record | (monitor(model) if monitor else {})).items():
-            history.setdefault(key, []).append(value)
-    return history
 
-
-def _epoch(model, x, y, batch_size, learning_rate, adversary):
-    """Compile one pass over the data, given the order of the images; the last batch may be smaller."""
-    optimizer = keras.optimizers.Adam(learning_rate)
-    optimizer.build(model.trainable_variables)
-    batches = -(-len(x) // batch_size)
-
-    def step(images, labels, seed):
+    def losses_of(images, labels, seed):
         if adversary is not None:
             adversarial = adversary.craft(model, images, labels, seed)
             images = tf.concat([images, adversarial], 0) if adversary.mixed else adversarial
             labels = tf.concat([labels, labels], 0) if adversary.mixed else labels
+        logits = model(images, training=True)
+        return cross_entropy(logits, labels), tf.argmax(logits, axis=1) == labels
+
+    def after(model):
+        found = {} if validation is None else score(model, *validation)
+        return {f"validation_{key}": value for key, value in found.items()} | (monitor(model) if monitor else {})
+
+    return descend(model, losses_of, (x, y), epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
+                   after=after, seed=seed, label=label)  # fmt: skip
+
+
+def descend(model, losses_of, arrays, *, epochs, batch_size, learning_rate, after=None, owner=None, seed=0, label=None):
+    """Train `model` in place with Adam on the mean loss: the loop of networks and purifiers.
+
+    losses_of : function of a batch of each of `arrays` and a seed (2,), differentiated here; gives losses (n,) and
+        whether each image was right (n,).
+    after : function(model) -> dict of numbers to record after every epoch. owner : whose `randomised` says whether
+        graphs may be made; default the model.
+    Returns a dict of lists, one value an epoch: "loss", "accuracy" and those of `after`. Raises FloatingPointError for
+    a loss that is not finite.
+    """
+    check_positive(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate)
+    arrays = tuple(map(tf.constant, arrays))
+    epoch = _epoch(model, losses_of, arrays, min(batch_size, len(arrays[0])), learning_rate, owner or model)
+    rng, history = np.random.default_rng(seed), {}
+    for number in tqdm(range(epochs), desc=label, disable=label is None, unit="epoch", leave=True):
+        loss, accuracy = epoch(tf.constant(rng.permutation(len(arrays[0]))), tf.constant([seed, number]))
+        if not np.isfinite(loss):
+            raise FloatingPointError(f"the loss is {float(loss)} in epoch {number + 1}; try a smaller learning_rate")
+        record = {"loss": float(loss), "accuracy": float(accuracy)} | (after(model) if after else {})
+        for key, value in record.items():
+            history.setdefault(key, []).append(value)
+    return history
+
+
+def _epoch(model, losses_of, arrays, batch_size, learning_rate, owner):
+    """Compile one pass over the data, given the order of the images; the last batch may be smaller."""
+    optimizer = keras.optimizers.Adam(learning_rate)
+    optimizer.build(model.trainable_variables)
+    batches = -(-len(arrays[0]) // batch_size)
+
+    def step(*batch):
         with tf.GradientTape() as tape:
-            logits = model(images, training=True)
-            losses = cross_entropy(logits, labels)
+            losses, hits = losses_of(*batch)
             loss = tf.reduce_mean(losses)
         optimizer.apply(tape.gradient(loss, model.trainable_variables))
-        hits = tf.cast(tf.argmax(logits, axis=1) == labels, tf.float32)
-        return tf.stack([tf.reduce_sum(losses), tf.reduce_sum(hits), tf.cast(tf.size(labels), tf.float32)])
+        counted = [tf.reduce_sum(losses), tf.reduce_sum(tf.cast(hits, tf.float32)), tf.cast(tf.size(hits), tf.float32)]
+        return tf.stack(counted)
 
-    step = inner_graph(step, model)
+    step = inner_graph(step, owner)
 
     def epoch(order, seed):
         totals = tf.zeros(3)
         for i in tf.range(batches):
             index = order[i * batch_size : (i + 1) * batch_size]
-            images = tf.ensure_shape(tf.gather(x, index), (None, *x.shape[1:]))
-            totals += step(images, tf.gather(y, index), seed + tf.stack([0, 1000003 * (i + 1)]))
+            batch = [tf.ensure_shape(tf.gather(array, index), (None, *array.shape[1:])) for array in arrays]
+            totals += step(*batch, seed + tf.stack([0, 1000003 * (i + 1)]))
         return totals[0] / totals[2], totals[1] / totals[2]
 
-    return traced(epoch, model)
+    return traced(epoch, owner)
