@@ -35,9 +35,9 @@ test: $(READY) ## run every test, the notebooks' smoke runs and the rendered sit
 paper: $(READY) ## run the paper profile for hours, resumable, and put its results under book/ [CHAPTER=02]
 	@$(HELPERS) paper $(CHAPTERS)
 
-bench: $(PEERS) ## measure the attacks, the detectors and the SVMs against the plain way [SUITE="attacks detection rejection"]
+bench: $(PEERS) ## measure attacks, detectors and SVMs against the plain way, or attacks against AutoAttack [SUITE=strength]
 	@for suite in $(SUITE); do \
-	  PYTHONPATH=_build/bench-peers $(BIN)/python tests/benchmarks/bench_$$suite.py $(BENCH) || exit; done
+	  PYTHONPATH="_build/bench-peers$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python tests/benchmarks/bench_$$suite.py $(BENCH) || exit; done
 
 soak: $(READY) ## run chapters over seeds, threads, processors and Pythons, for hours, resumable [RUNS=100]
 	@$(BIN)/python tests/soak.py --runs $(RUNS)
