@@ -1,4 +1,4 @@
-"""The filters: equal to SciPy's and scikit-image's, gradients that are right or pretend to be, arguments checked."""
+"""The filters: equal to SciPy's and scikit-image's, gradients that are right, paths around them, arguments checked."""
 
 import io
 
@@ -13,8 +13,9 @@ import tensorflow as tf
 from hypothesis import given, settings
 from PIL import Image
 
-from helpers import evaluation, filters, models
+from helpers import attacks, evaluation, filters, models
 from helpers.filters import Filter
+from helpers.threat import ThreatModel
 
 rng = np.random.default_rng(0)
 X = rng.uniform(0, 1, (4, 13, 17, 3)).astype("float32")  # not square: rows and columns must not be mixed up
@@ -138,7 +139,7 @@ def test_the_median_shares_its_gradient_among_ties():
 @every_kind
 def test_bpda_pretends_that_the_filter_is_the_identity(kind, value):
     weight = rng.standard_normal(X.shape).astype("float32")
-    exact, pretended = Filter(kind, value), Filter(kind, value, gradient="identity")
+    exact, pretended = Filter(kind, value), filters.defend(network(), kind, value).paths()["BPDA"].outputs.shown
     np.testing.assert_allclose(pretended(X), exact(X), atol=1e-6)
     np.testing.assert_allclose(gradient(pretended, X, weight), weight, atol=1e-6)
     if kind in ("jpeg", "bits"):
@@ -147,33 +148,78 @@ def test_bpda_pretends_that_the_filter_is_the_identity(kind, value):
         assert np.abs(gradient(exact, X, weight) - weight).max() > 0.1
 
 
+@pytest.mark.parametrize("quality", [30, 75])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_stand_in_for_jpeg_is_near_it_and_has_its_gradient(quality, channels):
+    """Near as pictures: on noise, which no file keeps, it differs. The gradient is that of the stand-in."""
+    smooth = scipy.ndimage.gaussian_filter(X, (0, 4, 4, 0))[..., :channels]
+    near = filters.jpeg_like(tf.constant(smooth), quality).numpy()
+    assert np.abs(near - filters.apply(smooth, "jpeg", quality)).mean() < 0.01
+    assert near.shape == smooth.shape and near.min() >= 0 and near.max() <= 1
+    x, weight = smooth[:1].astype("float64"), rng.standard_normal(smooth[:1].shape)
+    slope = (gradient(lambda x: filters.jpeg_like(x, quality), x, weight) * weight).sum()
+    ends = [tf.reduce_sum(filters.jpeg_like(tf.constant(x + s * weight), quality) * weight) for s in (1e-7, -1e-7)]
+    assert slope == pytest.approx(float(ends[0] - ends[1]) / 2e-7, rel=1e-4) and abs(slope) > 1
+
+
 # ── In front of a network ──
+
+
+def network():
+    """Quick to compile: every path has graphs of its own."""
+    keras.utils.set_random_seed(0)
+    return keras.Sequential([keras.Input(X.shape[1:]), keras.layers.Conv2D(4, 3, 2, activation="relu"),
+                             keras.layers.Flatten(), keras.layers.Dense(3)])  # fmt: skip
 
 
 @every_kind
 def test_a_defended_network_sees_the_filtered_image(kind, value):
     net = models.inception(X.shape[1:], 3, width=2)
-    for how in ("exact", "identity"):
-        defended = filters.defend(net, kind, value, how)
-        np.testing.assert_allclose(
-            evaluation.logits(defended, X), evaluation.logits(net, filters.apply(X, kind, value)), atol=1e-4)
+    defended, expected = filters.defend(net, kind, value), evaluation.logits(net, filters.apply(X, kind, value))
+    np.testing.assert_allclose(evaluation.logits(defended, X), expected, atol=1e-4)
+    paths, of_its_own = defended.paths(), {"gaussian": ["exact"], "median": ["exact"], "jpeg": ["approximated"]}
+    assert sorted(paths) == sorted(["unaware", "BPDA", *of_its_own.get(kind, [])])
+    for name, path in paths.items():
+        seen = evaluation.logits(net, X) if name == "unaware" else expected
+        np.testing.assert_allclose(path.outputs(tf.constant(X)).logits, seen, atol=1e-4)
 
 
 @every_kind
-def test_a_defended_network_can_be_saved(kind, value, tmp_path):
-    net = models.inception(X.shape[1:], 3, width=2)
+def test_every_path_is_judged_by_what_is_deployed(kind, value):
+    """An image counts as it is seen behind the filter, whatever its way was; a filter without a gradient has no other
+    way than around it."""
+    net, threat = network(), ThreatModel("linf", 0.1)
     defended = filters.defend(net, kind, value)
-    name = models.save(defended, tmp_path)
-    np.testing.assert_allclose(models.load(tmp_path / name)(X), defended(X), atol=1e-5)
-    others = [filters.defend(net, "gaussian", 0.7), filters.defend(net, kind, value, "identity")]
-    assert len({name, *(models.save(other, tmp_path) for other in others)}) == 3  # same weights, other networks
+    y = evaluation.logits(defended, X).argmax(axis=1)
+    for path in defended.paths():
+        found = attacks.pgd(defended, X, y, threat, steps=3, path=path)
+        seen = evaluation.logits(net, filters.apply(found.images, kind, value))
+        np.testing.assert_array_equal(found.value > 0, seen.argmax(axis=1) != y)
+    assert evaluation.has_gradient(defended.paths()["BPDA"], X, y).all()
+    assert evaluation.has_gradient(defended, X, y).any() == (kind in ("gaussian", "median"))
 
 
-def test_the_filter_has_no_weights_and_a_float64_copy():
-    defended = filters.defend(models.inception(X.shape[1:], 3, width=2), "gaussian", 1.5)
-    assert not defended.layers[0].weights
+@every_kind
+def test_a_filter_can_be_saved_in_front_of_a_network(kind, value, tmp_path):
+    def in_front(kind, value):
+        return keras.Sequential([keras.Input(X.shape[1:]), Filter(kind, value), network()])
+
+    whole = in_front(kind, value)
+    name = models.save(whole, tmp_path)
+    np.testing.assert_allclose(models.load(tmp_path / name)(X), whole(X), atol=1e-5)
+    others = [in_front("gaussian", 0.7), in_front("bits", 7), network()]
+    assert len({name, *(models.save(other, tmp_path) for other in others)}) == 4  # same weights, other networks
+
+
+@pytest.mark.parametrize(("kind", "value"), [("gaussian", 1.5), ("median", 3)])
+def test_the_filter_has_no_weights_and_a_float64_copy(kind, value):
+    defended = filters.defend(models.inception(X.shape[1:], 3, width=2), kind, value)
+    assert not defended.before.weights and defended.as_float64().before.compute_dtype == "float64"
     errors, kinked = evaluation.gradient_errors(defended, X, np.zeros(len(X), int))
     assert kinked.mean() <= 0.1 and errors[~kinked].max() < 1e-4
+
+
+def test_a_filter_comes_back_from_its_configuration():
     assert keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(Filter("median", 3))).value == 3
 
 
@@ -197,9 +243,17 @@ def test_a_window_larger_than_the_image_is_refused(kind, value):
         filters.apply(X, kind, value)
 
 
-def test_another_gradient_is_refused():
-    with pytest.raises(ValueError, match="gradient: unknown 'exakt', did you mean 'exact'"):
-        Filter("median", 3, "exakt")
+@pytest.mark.parametrize(("kind", "value"), [("median", 15), ("gaussian", 3.5)])
+def test_a_window_larger_than_the_network_s_images_is_refused(kind, value):
+    with pytest.raises(ValueError, match="^value: .* at most the size of the image, 13 x 17"):
+        filters.defend(network(), kind, value)
+
+
+def test_a_path_that_the_filter_has_not_is_refused():
+    with pytest.raises(ValueError, match="path: unknown 'exakt', did you mean 'exact'"):
+        attacks.pgd(filters.defend(network(), "median", 3), X, np.zeros(4, int), ThreatModel("linf", 0.1), path="exakt")
+    with pytest.raises(ValueError, match="path: unknown 'exact', expected one of unaware, BPDA"):
+        attacks.pgd(filters.defend(network(), "bits", 3), X, np.zeros(4, int), ThreatModel("linf", 0.1), path="exact")
 
 
 @pytest.mark.parametrize(("x", "error", "message"), [
