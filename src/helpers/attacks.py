@@ -84,7 +84,7 @@ def bim(defence, x, y, threat, *, steps=10, step_size=None, loss="cross-entropy"
     aim, y, _ = opened(defence, x, y, threat, path=path, target=target, batch_size=batch_size, steps=steps,
                        step_size=step_size)  # fmt: skip
     _check_losses([loss])
-    return _last(aim, x, y, threat, loss, steps, step_size or threat.eps / steps)
+    return _last(aim, x, y, threat, loss, steps, step_size or threat.radius(x.shape[1:]) / steps)
 
 
 def _check_losses(losses):
@@ -112,7 +112,7 @@ def pgd(defence, x, y, threat, *, steps=40, step_size=None, restarts=1, losses=N
                            batch_size=batch_size, restarts=restarts, steps=steps, step_size=step_size)  # fmt: skip
     losses, every = losses if losses is not None else aim.path.losses or ("cross-entropy",), np.arange(len(x))
     _check_losses(losses)
-    step_size = step_size or 2.5 * min(threat.eps, diameter(x.shape[1:], threat.norm, threat.bounds)) / steps
+    step_size = step_size or 2.5 * threat.radius(x.shape[1:]) / steps
     if compact:  # what is beaten without an attack is not attacked
         aim.offer(found, x, y, every)
     for restart in range(restarts):

@@ -210,7 +210,7 @@ def fab(defence, x, y, threat, *, steps=100, targets=9, smallest=False, path=Non
     best, length = x.copy(), np.where(clean > 0, 0, np.inf).astype("float32")
     if not smallest:
         length[found.value > 0] = 0
-    reach = np.float32(0 if smallest else threat.eps)
+    reach = np.float32(0 if smallest else threat.radius(x.shape[1:]))
     for target in _classes(aim, x, y)[:, :targets].T:
         current = x.copy()
         for done in range(0, steps, 10):
@@ -339,7 +339,7 @@ def square(defence, x, y, threat, *, queries=5000, path=None, goal=None, start=N
     """
     aim, y, found = opened(defence, x, y, threat, path=path, goal=goal, start=start, seed=seed, batch_size=batch_size,
                            queries=queries)  # fmt: skip
-    aim = aim._replace(path=way(aim.defence, None))
+    aim, threat = aim._replace(path=way(aim.defence, None)), replace(threat, eps=threat.radius(x.shape[1:]))
     clean = _begin(aim, x, y, threat, found, start)
     h, w, _ = x.shape[1:]
     if (left := found.left()).size:

@@ -34,13 +34,17 @@ class ThreatModel:
         if self.norm == "linf" and high - low < self.eps < np.inf:
             raise ValueError(f"eps is {self.eps}, more than the pixel range {high - low}; is it in 0-255 units?")
 
+    def radius(self, shape):
+        """`eps`, or the largest distance between two valid images of `shape` (h, w, c) where that is less."""
+        return min(self.eps, diameter(shape, self.norm, self.bounds))
+
     def project(self, x_adv, x):
         """Pull `x_adv` (n, h, w, c) into the ball around `x` and clip it to the bounds; a TensorFlow tensor."""
         return projection(x, self.norm, self.eps, self.bounds)(x_adv)
 
     def random_start(self, x, seed):
         """Points drawn uniformly from the ball around each image and clipped to the bounds, (n, h, w, c) float32."""
-        rng, eps = np.random.default_rng(seed), min(self.eps, diameter(x.shape[1:], self.norm, self.bounds))
+        rng, eps = np.random.default_rng(seed), self.radius(x.shape[1:])
         if self.norm == "linf":
             delta = rng.uniform(-eps, eps, x.shape)
         else:  # a direction from the normal distribution, a radius with density r^(d-1)
