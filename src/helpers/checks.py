@@ -31,13 +31,13 @@ def check_images(x, name="x", bounds=(0.0, 1.0)):
         raise ValueError(f"{name} lies in [{x.min():.4g}, {x.max():.4g}]; expected pixels in {list(bounds)}")
 
 
-def check_labels(y, n, classes):
+def check_labels(y, n, classes, name="y"):
     """Return `y` as int64; raise unless it holds `n` integer labels in 0 ... `classes` - 1."""
     y = np.asarray(y)
     if y.shape != (n,) or not np.issubdtype(y.dtype, np.integer):
-        raise TypeError(f"y is {y.dtype} {y.shape}; expected {n} integer labels, shape ({n},)")
+        raise TypeError(f"{name} is {y.dtype} {y.shape}; expected {n} integer labels, shape ({n},)")
     if y.min() < 0 or y.max() >= classes:
-        raise ValueError(f"y lies in {y.min()}...{y.max()}; expected labels in 0...{classes - 1}")
+        raise ValueError(f"{name} lies in {y.min()}...{y.max()}; expected labels in 0...{classes - 1}")
     return y.astype("int64")
 
 

@@ -90,11 +90,11 @@ def opened(defence, x, y, threat, *, path=None, goal=None, target=None, start=No
     check_positive(batch_size=batch_size, **positive)
     defence = as_defence(defence)
     classes, path = check_defence(defence, x), way(defence, path, seed)
-    if path.outputs is not defence:
-        check_outputs(path.outputs, x)
+    if path.outputs is not defence and (other := check_outputs(path.outputs, x)) != classes:
+        raise ValueError(f"the path gives {other} classes; expected {classes}, those of the defence")
     y = check_labels(y, len(x), classes)
     if target is not None:
-        target = check_labels(target, len(x), classes)
+        target = check_labels(target, len(x), classes, "target")
         if (same := np.flatnonzero(target == y)).size:
             raise ValueError(f"target equals y for the images {same[:5].tolist()}; expected another class")
     if start is not None:
