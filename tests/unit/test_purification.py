@@ -176,6 +176,26 @@ def test_an_attack_gets_through_total_variation_by_bpda_alone():
     assert evaluation.has_gradient(smoothed.paths()["BPDA"], X, Y).all()
 
 
+def test_the_unrolled_iteration_is_the_same_and_has_a_gradient():
+    colour, smooth = rng.uniform(0, 1, (3, 8, 9, 3)).astype("float32"), TotalVariation(0.1)
+    found = smooth.unrolled(tf.constant(colour)).numpy()
+    for image, near in zip(colour, found, strict=True):
+        expected = denoise_tv_chambolle(image, 0.1, eps=0, max_num_iter=30, channel_axis=-1)
+        np.testing.assert_allclose(near, expected, atol=1e-5)
+    assert np.abs(found - smooth(colour)).max() < 0.1 * np.abs(colour - smooth(colour)).max()
+    whole = Behind(smooth, frozen(), exact=False, instead=smooth.unrolled)
+    assert list(whole.paths()) == ["unaware", "BPDA", "approximated"]
+    gradients = {}
+    for name in ("BPDA", "approximated"):
+        through, x = whole.paths()[name].outputs, tf.constant(X)
+        np.testing.assert_allclose(through(x).logits, whole(x).logits, atol=1e-5)
+        gradients[name] = input_gradient(through, evasion, x, Y)[0].numpy()
+    by_hand = input_gradient(lambda x: models.inference(frozen())(smooth.unrolled(x)), margin, tf.constant(X), Y)[0]
+    cosines = {name: (found * by_hand).numpy().sum() / np.linalg.norm(found) / np.linalg.norm(by_hand)
+               for name, found in gradients.items()}
+    assert cosines["approximated"] > 0.99 and cosines["BPDA"] < 0.9
+
+
 @pytest.mark.parametrize("weight", [0, -1.0, float("nan")])
 def test_a_weight_of_total_variation_that_is_not_positive_is_refused(weight):
     with pytest.raises(ValueError, match="weight is .* expected a finite number > 0"):
