@@ -14,8 +14,10 @@ from sklearn.preprocessing import StandardScaler
 
 from helpers import attacks, closeness, uncertainty
 from helpers.closeness import Closeness
-from helpers.detection import FEATURES, Detector, features, guarded, noisy
-from helpers.evaluation import correct, logits
+from helpers.defence import answers
+from helpers.detection import FEATURES, Detector, Guarded, features, in_turn, noisy
+from helpers.evaluation import correct, logits, outcomes
+from helpers.losses import evasion, margin
 from helpers.models import as_float64
 from helpers.threat import ThreatModel
 
@@ -72,7 +74,7 @@ def test_features_are_those_of_the_predicted_class():
     hidden, predicted = closeness.activations(NET, X), logits(NET, X).argmax(axis=1)
     assert set(predicted) == {0, 1, 2}
     expected = uncertainty.metrics(uncertainty.sample(NET, X, draws=4, seed=2)) | {
-        "KDE": NEAR.kde(hidden, predicted), "KL": NEAR.kl(hidden, predicted), "LID": NEAR.lid(hidden),
+        "KDE": NEAR.log_density(hidden, predicted), "KL": NEAR.kl(hidden, predicted), "LID": NEAR.lid(hidden),
         "predicted": predicted}  # fmt: skip
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, rtol=1e-5, err_msg=name)
@@ -171,55 +173,82 @@ def test_features_that_are_not_finite_are_named(attacked):
     assert np.isfinite(Detector.fit(*frames, ["variance", "KL"]).offset)  # the others are not its concern
 
 
-# ── The attacker who knows ──
+# ── A network with its detector ──
 
 
 @pytest.mark.parametrize("detector", [DETECTOR, PART], ids=["six", "two"])
 @pytest.mark.parametrize("points", [None, 8])
-def test_what_the_attacker_differentiates_is_what_the_detector_computes(detector, points):
+def test_what_is_deployed_and_differentiated_is_what_the_detector_computes(detector, points):
     near = NEAR.thin(points) if points else NEAR
-    outputs = guarded(NET, detector, near, draws=5, seed=3)(tf.constant(X)).numpy()
-    assert outputs.shape == (len(X), 4)
-    np.testing.assert_allclose(outputs[:, :-1], logits(NET, X), atol=1e-5)
     expected = detector.score(features(NET, X, near, draws=5, seed=3))
-    np.testing.assert_allclose(outputs[:, -1], expected, rtol=1e-4, atol=1e-4)
+    found = Guarded(NET, detector, near, 0.2, draws=5, seed=3)(tf.constant(X))
+    np.testing.assert_allclose(found.logits, logits(NET, X), atol=1e-5)
+    np.testing.assert_allclose(found.refusal, expected - 0.2, rtol=1e-4, atol=1e-4)
     assert np.ptp(expected) > 0.1
+
+
+def test_images_above_the_threshold_are_refused_and_the_others_classified():
+    scores, y = DETECTOR.score(features(NET, X, NEAR, draws=5)), logits(NET, X).argmax(axis=1)
+    guarded = Guarded(NET, DETECTOR, NEAR, float(np.median(scores)), draws=5)
+    wrong = np.where(np.arange(len(X)) % 3 == 0, (y + 1) % 3, y)
+    found = outcomes(guarded, X, wrong)
+    np.testing.assert_array_equal(found, np.where(scores > np.median(scores), 1, np.where(y == wrong, 0, 2)))
+    assert set(found) == {0, 1, 2}
+    np.testing.assert_allclose(answers(guarded, X, batch_size=5).refusal, scores - np.median(scores), atol=1e-3)
+
+
+def test_the_rule_of_the_detector_is_the_weighted_sum_and_no_other():
+    """A guard with another detector, threshold or neighbourhood refuses by another number."""
+    first, *others = (Guarded(NET, detector, near, threshold, draws=3)(tf.constant(X)).refusal for detector, near,
+                      threshold in ((DETECTOR, NEAR, 0.0), (PART, NEAR, 0.0), (DETECTOR, NEAR.thin(4), 0.0),
+                                    (DETECTOR, NEAR, 0.5)))  # fmt: skip
+    assert all(np.abs(first - other).max() > 1e-3 for other in others)
+    np.testing.assert_allclose(first - others[-1], 0.5, rtol=1e-5)
+
+
+# ── The attacker who knows ──
 
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_the_gradient_of_every_feature_is_that_of_finite_differences(name):
     model, near = in_float64()
-    outputs = guarded(model, Detector({name: 2.0}, 0.1), near, draws=4)
+    outputs = Guarded(model, Detector({name: 2.0}, 0.1), near, 0.0, draws=4)
     direction = np.random.default_rng(1).standard_normal(X.shape)
     x, h = tf.constant(X, tf.float64), 1e-6
     with tf.GradientTape() as tape:
         tape.watch(x)
-        log_odds = outputs(x)[:, -1]
+        log_odds = outputs(x).refusal
     assert log_odds.dtype == tf.float64
     slope = (tape.gradient(log_odds, x).numpy() * direction).sum(axis=(1, 2, 3))
-    ahead, behind = (outputs(x + s * direction)[:, -1] for s in (h, -h))
+    ahead, behind = (outputs(x + s * direction).refusal for s in (h, -h))
     np.testing.assert_allclose(slope, (ahead - behind) / (2 * h), rtol=1e-5, atol=1e-7)
     assert np.abs(slope).max() > 1e-3
+
+
+def test_the_loss_in_turn_is_the_margin_until_the_image_is_wrong_and_then_the_room_below_the_threshold():
+    guarded = Guarded(NET, DETECTOR, NEAR, 0.0, draws=3)
+    outputs, y = guarded(tf.constant(X)), np.arange(len(X)) % 3
+    found, wrong = in_turn(outputs, y).numpy(), margin(outputs.logits, y).numpy()
+    assert 0 < (wrong > 0).sum() < len(X)
+    np.testing.assert_allclose(found, np.where(wrong > 0, -outputs.refusal, wrong))
+    np.testing.assert_array_equal(found > 0, evasion(outputs, y).numpy() > 0)
 
 
 def informed(x, y, eps, start):
     """The attack of the chapter: turn the image, then lower the log-odds; keep the wrong one with the lowest."""
 
-    def in_turn(outputs, y):
-        margin = attacks.margin(outputs[:, :-1], y)
-        return tf.where(margin > 0, -outputs[:, -1], margin)
-
     def goal(outputs, y):
-        margin = attacks.margin(outputs[:, :-1], y)
-        return tf.where(margin > 0, -outputs[:, -1], margin - 1e6)
+        wrong = margin(outputs.logits, y)
+        return tf.where(wrong > 0, -outputs.refusal, wrong - 1e6)
 
-    return attacks.pgd(guarded(NET, DETECTOR, NEAR, draws=5, seed=9), x, y, ThreatModel("linf", eps), steps=25,
-                       losses=(in_turn,), goal=goal, start=start)  # fmt: skip
+    guarded = Guarded(NET, DETECTOR, NEAR, 0.0, draws=5, seed=9)
+    return attacks.pgd(guarded, x, y, ThreatModel("linf", eps), steps=25, losses=(in_turn,), goal=goal,
+                       start=start).images  # fmt: skip
 
 
 def test_an_informed_attack_lowers_the_log_odds_of_the_images_that_it_turns():
     y, eps = logits(NET, X).argmax(axis=1), 0.35
-    plain = attacks.pgd(NET, X, y, ThreatModel("linf", eps), steps=15)
+    plain = attacks.pgd(NET, X, y, ThreatModel("linf", eps), steps=15).images
     hidden = informed(X, y, eps, plain)
     assert np.abs(hidden - X).max() <= eps + 1e-6
     turned = ~correct(NET, plain, y)
@@ -231,7 +260,33 @@ def test_an_informed_attack_lowers_the_log_odds_of_the_images_that_it_turns():
     assert (fresh[1] - fresh[0])[turned].mean() < -0.2
 
 
-def test_the_attackers_masks_come_from_the_seed():
-    first, again, other = (guarded(NET, DETECTOR, NEAR, draws=3, seed=s)(tf.constant(X)) for s in (3, 3, 4))
+def test_an_attacker_with_masks_and_points_of_his_own_is_judged_by_the_detector_s():
+    y, threat = logits(NET, X).argmax(axis=1), ThreatModel("linf", 0.35)
+    plain = attacks.pgd(NET, X, y, threat, steps=15).images
+    scores = DETECTOR.score(features(NET, plain, NEAR, draws=20, seed=1))
+    guarded = Guarded(NET, DETECTOR, NEAR, float(np.quantile(scores, 0.3)), draws=20, seed=1, known=5, points=8)
+    unaware, exact = (attacks.pgd(guarded, X, y, threat, steps=25, path=path, start=plain)
+                      for path in ("unaware", "exact"))  # fmt: skip
+    for found in (unaware, exact):
+        np.testing.assert_array_equal(found.value > 0, outcomes(guarded, found.images, y) == 2)
+    assert (exact.value > 0).sum() > (unaware.value > 0).sum()
+
+
+def test_the_attackers_masks_come_from_the_seed_and_are_not_the_detector_s():
+    guarded = Guarded(NET, DETECTOR, NEAR, 0.0, draws=3, seed=3)
+    first, again, other = (Guarded(NET, DETECTOR, NEAR, 0.0, draws=3, seed=3).paths(seed)["exact"].outputs(
+        tf.constant(X)).refusal for seed in (3, 3, 4))  # fmt: skip
     np.testing.assert_array_equal(first, again)
-    assert np.abs(first - other)[:, -1].max() > 1e-3
+    assert np.abs(first - other).max() > 1e-3
+    assert np.abs(first - guarded(tf.constant(X)).refusal).max() > 1e-3
+    np.testing.assert_array_equal(guarded(tf.constant(X)).refusal, guarded(tf.constant(X)).refusal)
+
+
+def test_an_attacker_may_know_fewer_networks_and_points():
+    deployed, few = (Guarded(NET, DETECTOR, NEAR, 0.0, draws=20, **known) for known in ({}, {"known": 4, "points": 8}))
+    np.testing.assert_array_equal(few(tf.constant(X)).refusal, deployed(tf.constant(X)).refusal)
+    expected = DETECTOR.score(features(NET, X, NEAR.thin(8), draws=4, seed=999))
+    np.testing.assert_allclose(few.paths()["exact"].outputs(tf.constant(X)).refusal, expected, rtol=1e-4, atol=1e-4)
+    expected = DETECTOR.score(features(NET, X, NEAR, draws=20, seed=999))
+    np.testing.assert_allclose(deployed.paths()["exact"].outputs(tf.constant(X)).refusal, expected, rtol=1e-4,
+                               atol=1e-4)  # fmt: skip
