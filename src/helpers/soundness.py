@@ -4,6 +4,7 @@ An attack is here any function (defence, x, y, threat) -> `Found`, such as `stan
 tests run it on one image at a time, on defences of their own making, and never look inside.
 """
 
+import weakref
 from dataclasses import replace
 
 import keras
@@ -149,7 +150,7 @@ class Watched:
     def __call__(self, x):
         """The model's outputs."""
         answers = self.outputs(self._watched(x))
-        tf.numpy_function(self._value, [x, *single(answers)], [])
+        tf.numpy_function(_weakly(self._value), [x, *single(answers)], [])
         return answers
 
     def paths(self, seed=0):
@@ -157,10 +158,12 @@ class Watched:
         return {"exact": Path(self)}
 
     def _watched(self, x):
+        seen = _weakly(self._gradient)
+
         @tf.custom_gradient
         def same(x):
             def backwards(gradient):
-                tf.numpy_function(self._gradient, [gradient], [])
+                tf.numpy_function(seen, [gradient], [])
                 return gradient
 
             return tf.identity(x), backwards
@@ -174,6 +177,12 @@ class Watched:
 
     def _gradient(self, gradient):
         self.gradients.append(bool(np.isfinite(gradient).all() and gradient.any()))
+
+
+def _weakly(method):
+    """`method` for a graph that must not keep its object: TensorFlow never forgets one with a gradient of its own."""
+    of = weakref.WeakMethod(method)
+    return lambda *arguments: of()(*arguments)
 
 
 def indicators(defence, attack, x, y, threat, *, path=None, goal=evasion, noise=0.01, draws=20, seed=0):
