@@ -17,12 +17,15 @@ from helpers import (
     adaptive,
     attacks,
     closeness,
+    defence,
     detection,
     evaluation,
     filters,
     models,
     purification,
     rejection,
+    soundness,
+    standard,
     training,
     uncertainty,
 )
@@ -31,7 +34,7 @@ from helpers.threat import ThreatModel
 rng = np.random.default_rng(0)
 X = rng.uniform(0, 1, (60, 4, 4, 1)).astype("float32")
 Y = (X[:, :2].mean(axis=(1, 2, 3)) > X[:, 2:].mean(axis=(1, 2, 3))).astype("int64")
-L2 = ThreatModel("l2", 0.3)
+L2, LINF = ThreatModel("l2", 0.3), ThreatModel("linf", 0.1)
 
 
 def network(seed=0):
@@ -44,23 +47,39 @@ def guarded(model):
     near = closeness.Closeness.fit(closeness.activations(model, X), Y, 1.0, 2)
     detector = detection.Detector(dict.fromkeys(detection.FEATURES, 0.1), 0.0)
     detection.features(model, X, near.thin(50), draws=2)
-    attacks.pgd(detection.guarded(model, detector, near, draws=2), X, np.minimum(Y, 1), L2, steps=1)
+    whole = detection.Guarded(model, detector, near, 0.0, draws=2, known=2, points=10)
+    for path in whole.paths():
+        attacks.pgd(whole, X, Y, L2, steps=1, path=path)
 
 
 def rejecting(model):
-    defence = rejection.fit(model, X, Y, layers=(1, 2))
+    whole = rejection.fit(model, X, Y, layers=(1, 2))
     density = adaptive.kernel_density(X, Y, 1.0)
-    adaptive.strong(defence, X[:3], Y[:3], L2, X, Y, steps=2, density=density, weight=0.1)
-    adaptive.algorithm_1(defence, X[:3], Y[:3], L2, step_size=0.1, steps=2)
+    adaptive.strong(whole, X[:3], Y[:3], L2, X, Y, steps=2, density=density, weight=0.1)
+    adaptive.algorithm_1(whole, X[:3], Y[:3], L2, step_size=0.1, steps=2)
 
 
 def purified(model):
     model.trainable = False
     cleaner = purification.autoencoder((4, 4, 1), filters=(2, 2))
     purification.fit(cleaner, model, X, X, Y, weight=0.1, epochs=1)
-    evaluation.correct(purification.defended(cleaner, model), X, Y)
-    attacks.fgsm(purification.StraightThrough(cleaner, model), X, Y, 0.1)
-    attacks.fgsm(purification.StraightThrough(purification.TotalVariation(0.1), model), X[:2], Y[:2], 0.1)
+    whole = purification.defended(cleaner, model)
+    evaluation.correct(whole, X, Y)
+    for path in whole.paths():
+        attacks.fgsm(whole, X, Y, LINF, path=path)
+    attacks.fgsm(defence.Behind(purification.TotalVariation(0.1), model), X[:2], Y[:2], LINF, path="BPDA")
+
+
+def one_of(model):
+    whole = defence.OneOf([model, filters.defend(model, "median", 3)])
+    for path in (*whole.paths(), None):
+        attacks.pgd(whole, X[:3], Y[:3], L2, steps=1, path=path)
+
+
+def sound(model):
+    attack = partial(attacks.pgd, steps=1)
+    soundness.binarization(model, attack, X[:2], L2, draws=2)
+    soundness.indicators(model, attack, X[:2], evaluation.logits(model, X[:2]).argmax(axis=1), L2, draws=2)
 
 
 def function(model):
@@ -74,11 +93,18 @@ def function(model):
 USES = {
     "predict": lambda model: models.predict(model, X, 50),
     "pgd": lambda model: attacks.pgd(model, X, Y, L2, steps=2),
-    "a loss": lambda model: attacks.pgd(model, X, Y, L2, steps=2, losses=(lambda z, y: z[:, 0] * len(model.layers),)),
-    "ddn": lambda model: attacks.ddn(model, X, Y, steps=2),
-    "lbfgs": lambda model: attacks.lbfgs(model, X[:1], Y[:1], searches=1),
+    "a loss": lambda model: attacks.pgd(model, X, Y, L2, steps=2,
+                                        losses=(lambda z, y: z.logits[:, 0] * len(model.layers),)),
+    "ddn": lambda model: attacks.ddn(model, X, Y, L2, steps=2),
+    "lbfgs": lambda model: attacks.lbfgs(model, X[:1], Y[:1], L2, target=1 - Y[:1], searches=1),
+    "apgd": lambda model: standard.apgd(model, X, Y, L2, steps=2),
+    "fab": lambda model: standard.fab(model, X, Y, L2, steps=2),
+    "square": lambda model: standard.square(model, X, Y, L2, queries=2),
     "gradient": lambda model: evaluation.gradient_errors(model, X, Y),
-    "filter": lambda model: attacks.fgsm(filters.defend(model, "median", 3), X, Y, 0.1),
+    "answers": lambda model: defence.answers(model, X),
+    "filter": lambda model: attacks.fgsm(filters.defend(model, "median", 3), X, Y, LINF),
+    "one of several": one_of,
+    "soundness": sound,
     "sample": lambda model: uncertainty.sample(model, X, draws=2),
     "detector": guarded,
     "rejection": rejecting,
@@ -157,12 +183,13 @@ def test_graphs_are_in_no_file(tmp_path):
 
 
 def test_objects_and_functions_travel_without_their_graphs(tmp_path):
-    defence = rejection.fit(network(), X, Y, layers=(1, 2))
-    before = rejection.evaluate(defence, X)
-    again = copy.copy(defence)
-    assert vars(again)["__graphs__"].owner is defence, "a shallow copy shares what it is told"
-    np.testing.assert_array_equal(rejection.evaluate(again, X), before)
-    assert vars(again)["__graphs__"].owner is again and vars(defence)["__graphs__"].owner is defence
+    fitted = rejection.fit(network(), X, Y, layers=(1, 2))
+    before = defence.answers(fitted, X)
+    again = copy.copy(fitted)
+    assert vars(again)["__graphs__"].owner is fitted, "a shallow copy shares what it is told"
+    for part, same in zip(before, defence.answers(again, X), strict=True):
+        np.testing.assert_array_equal(same, part)
+    assert vars(again)["__graphs__"].owner is again and vars(fitted)["__graphs__"].owner is fitted
     fixed = partial(tf.clip_by_value, clip_value_min=0.0, clip_value_max=1.0)
     fixed.randomised = False
     models.predict(fixed, X, 50)
