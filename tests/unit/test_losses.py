@@ -43,6 +43,15 @@ def test_the_losses_stay_finite_for_a_confident_network():
         np.testing.assert_allclose(loss(z, [0, 0]), [-1000, 1000])
 
 
+def test_arrays_and_tensors_of_float64_are_as_good():
+    """What `helpers.defence.answers` gives of a defence that counts in float64."""
+    for z in (Z.astype("float64"), tf.constant(Z, tf.float64)):
+        both = Outputs(z, REFUSAL.astype("float64"))
+        np.testing.assert_allclose(losses.evasion(both, Y), losses.evasion(outputs(), Y), rtol=1e-5)
+        for loss in losses.LOSSES.values():
+            np.testing.assert_allclose(loss(z, Y), loss(Z, Y), rtol=1e-4, atol=1e-5)
+
+
 def test_to_evade_is_to_be_wrong_and_not_refused():
     wrong = Z.argmax(axis=1) != Y
     np.testing.assert_array_equal(losses.evasion(outputs(), Y).numpy() > 0, wrong & (REFUSAL <= 0))
