@@ -87,7 +87,7 @@ def strong(
     `evaluation.sanity_checks` can call it as it calls others.
     """
     aim, y, found = opened(defence, x, y, threat, batch_size=batch_size, steps=steps, restarts=restarts)
-    order, soft = _wrong_classes(defence.network, x, y), defence.smoothed(width)
+    soft, order = defence.smoothed(width), _wrong_classes(defence.network, x, y)
     path = None if density is None else dense(defence, density, weight)
     losses = (margin,) if path is None else path.losses
     options = {"batch_size": batch_size, "seed": seed}

@@ -82,6 +82,7 @@ def on_outputs(loss, descend=False):
 
 def _wrong(logits, y):
     """`logits` with minus infinity in the place of the true class."""
+    logits = tf.convert_to_tensor(logits)  # of an array in float64 tf.where would make one in float32
     return tf.where(tf.one_hot(y, tf.shape(logits)[1], on_value=True, off_value=False), -np.inf, logits)
 
 

@@ -43,9 +43,10 @@ def margin(outputs, y):
     `losses.evasion` is above 0 for the same images; below 0 this one climbs the wrong class even while a true one is
     sure.
     """
-    threshold = outputs.refusal + tf.reduce_max(outputs.logits, axis=1)
-    wrong = tf.where(tf.one_hot(y, tf.shape(outputs.logits)[1], True, False), -np.inf, outputs.logits)
-    return tf.reduce_max(wrong, axis=1) - tf.maximum(tf.gather(outputs.logits, y, batch_dims=1), threshold)
+    logits = tf.convert_to_tensor(outputs.logits)  # of an array in float64 tf.where would make one in float32
+    threshold = outputs.refusal + tf.reduce_max(logits, axis=1)
+    wrong = tf.where(tf.one_hot(y, tf.shape(logits)[1], True, False), -np.inf, logits)
+    return tf.reduce_max(wrong, axis=1) - tf.maximum(tf.gather(logits, y, batch_dims=1), threshold)
 
 
 @dataclass(frozen=True, eq=False)
