@@ -1,6 +1,7 @@
 """Neural rejection: the SVMs are scikit-learn's, their gradients right, refusals counted, and attacks within bounds."""
 
 from dataclasses import replace
+from functools import partial
 
 import keras
 import numpy as np
@@ -12,9 +13,11 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_pre
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.svm import SVC
 
-from helpers import adaptive, attacks, models, rejection
+from helpers import adaptive, attacks, evaluation, models, rejection
 from helpers import svm as svms
-from helpers.rejection import Defence
+from helpers.defence import Outputs, answers
+from helpers.losses import evasion
+from helpers.rejection import Rejection
 from helpers.svm import SVM
 from helpers.threat import ThreatModel
 
@@ -61,7 +64,7 @@ def nr(network):
 
 @pytest.fixture(params=["bare", "nr", "dnr"])
 def defence(request, network):
-    return Defence(network) if request.param == "bare" else request.getfixturevalue(request.param)
+    return Rejection(network) if request.param == "bare" else request.getfixturevalue(request.param)
 
 
 def blobs(n=150, p=5, seed=0):
@@ -81,7 +84,7 @@ def fitted(h, y, C, gamma):
 @pytest.mark.parametrize(("C", "gamma"), [(0.1, 0.01), (1.0, 0.2), (10.0, 1.0)])
 def test_decision_values_are_those_of_scikit_learn(C, gamma):
     (h, y), (new, _) = blobs(), blobs(40, seed=1)
-    ours = fitted(h, y, C, gamma).scores(tf.constant(new, tf.float64))[0].numpy()
+    ours = fitted(h, y, C, gamma).scores(tf.constant(new, tf.float64)).numpy()
     for k in range(CLASSES):
         theirs = SVC(C=C, gamma=gamma, tol=1e-4).fit(h.astype("float64"), y == k)
         np.testing.assert_allclose(ours[:, k], theirs.decision_function(new.astype("float64")), atol=1e-4)
@@ -168,7 +171,7 @@ def single(x):
     h = tf.constant(x, tf.float64)
     with tf.GradientTape() as tape:
         tape.watch(h)
-        scores = svm.scores(h, dtype=tf.float64)[0]
+        scores = svm.scores(h, dtype=tf.float64)
     kernel = np.exp(-0.7 * ((x[:, None] - svm.vectors) ** 2).sum(-1))
     by_hand = -2 * 0.7 * ((kernel * svm.weights[:, 0])[:, :, None] * (x[:, None] - svm.vectors)).sum(1)
     return scores.numpy()[:, 0], kernel @ svm.weights[:, 0] + 0.3, tape.gradient(scores, h).numpy(), by_hand
@@ -191,26 +194,22 @@ def test_features_that_no_support_vector_has_still_count():
     for machine in (svm, whole):
         with tf.GradientTape() as tape:
             tape.watch(new)
-            scores = machine.scores(new)[0]
+            scores = machine.scores(new)
         gradients.append((scores.numpy(), tape.gradient(scores, new).numpy()))
     np.testing.assert_allclose(gradients[0][0], gradients[1][0], rtol=1e-6)
     np.testing.assert_allclose(gradients[0][1], gradients[1][1], rtol=1e-5, atol=1e-9)
     assert np.abs(gradients[0][1][:, 3:]).max() > 1e-3
 
 
-def in_float64(defence):
-    return replace(defence, network=models.as_float64(defence.network))
-
-
 def test_the_input_gradient_agrees_with_finite_differences(defence):
-    exact, rng, h = in_float64(defence), np.random.default_rng(0), 1e-6
+    exact, rng, h = defence.as_float64(), np.random.default_rng(0), 1e-6
     x = tf.constant(NEW[:5] + rng.uniform(-0.01, 0.01, NEW[:5].shape), tf.float64)
     v = rng.normal(size=x.shape)
     with tf.GradientTape() as tape:
         tape.watch(x)
-        total = tf.reduce_sum(exact.logits(x)[:, :CLASSES] * [1.0, -2.0, 0.5], axis=1)
+        total = tf.reduce_sum(exact(x).logits * [1.0, -2.0, 0.5], axis=1)
     slope = tf.reduce_sum(tape.gradient(total, x) * v, axis=(1, 2, 3))
-    ends = [tf.reduce_sum(exact.logits(x + s * v)[:, :CLASSES] * [1.0, -2.0, 0.5], axis=1) for s in (h, -h)]
+    ends = [tf.reduce_sum(exact(x + s * v).logits * [1.0, -2.0, 0.5], axis=1) for s in (h, -h)]
     assert np.abs(slope).max() > 1e-3
     np.testing.assert_allclose(slope, (ends[0] - ends[1]) / (2 * h), rtol=1e-5, atol=1e-7)
 
@@ -219,7 +218,7 @@ def directions(defence, x, scaled):
     x = tf.constant(x)
     with tf.GradientTape() as tape:
         tape.watch(x)
-        scores = defence.scores(x, scaled=scaled)[0][:, 0]
+        scores = defence.scores(x, scaled=scaled)[:, 0]
     gradient = tape.gradient(scores, x).numpy().astype("float64").reshape(len(x), -1)
     return gradient, gradient / np.maximum(np.linalg.norm(gradient, axis=1, keepdims=True), 1e-300)
 
@@ -233,7 +232,7 @@ def test_a_kernel_that_underflows_in_float32_keeps_its_direction(nr):
     sharp = replace(nr, svms=(replace(nr.svms[0], gamma=250 / nearest.max()),))
     i = np.argsort(nearest)[-3:]
     assert not directions(sharp, NEW[i], scaled=False)[0][-1].any()  # lost
-    exact = directions(in_float64(sharp), NEW[i].astype("float64"), scaled=False)[1]
+    exact = directions(sharp.as_float64(), NEW[i].astype("float64"), scaled=False)[1]
     np.testing.assert_allclose(directions(sharp, NEW[i], scaled=True)[1], exact, atol=1e-3)
 
 
@@ -242,11 +241,13 @@ def test_a_gradient_that_float32_holds_is_not_scaled(dnr):
 
 
 def test_a_smaller_gamma_widens_the_kernel(dnr):
-    narrow, wide = (scores.numpy() for scores in dnr.scores(NEW, widths=(1.0, 0.5)))
-    np.testing.assert_array_equal(narrow, dnr.scores(NEW)[0])
+    np.testing.assert_array_equal(dnr.smoothed(1.0).scores(NEW), dnr.scores(NEW))
     halved = replace(dnr, svms=tuple(replace(svm, gamma=svm.gamma / 2) for svm in dnr.svms),
                      combiner=replace(dnr.combiner, gamma=dnr.combiner.gamma / 2))  # fmt: skip
-    np.testing.assert_allclose(wide, halved.scores(NEW)[0])
+    wide = dnr.smoothed(0.5)
+    np.testing.assert_allclose(wide.scores(NEW), halved.scores(NEW))
+    assert np.abs(wide.scores(NEW) - dnr.scores(NEW)).max() > 0.01
+    assert dnr.smoothed(0.5) is wide and wide.threshold == dnr.threshold, "kept, with its graphs"
 
 
 # ── The defences ──
@@ -262,30 +263,49 @@ def test_features_are_the_layers_outputs_in_test_mode(network):
 
 
 def test_dnr_is_a_combiner_on_the_scores_of_its_layers(dnr):
-    stacked = [svm.scores(tf.constant(h, tf.float64))[0].numpy()
+    stacked = [svm.scores(tf.constant(h, tf.float64)).numpy()
                for svm, h in zip(dnr.svms, rejection.features(dnr.network, NEW, dnr.layers), strict=True)]  # fmt: skip
     assert len(dnr.combiner.columns) == 3 * CLASSES
-    expected = dnr.combiner.scores(tf.constant(np.concatenate(stacked, axis=1)))[0]
-    np.testing.assert_allclose(dnr.scores(NEW)[0], expected, atol=1e-5)
-    probabilities = expit(rejection.evaluate(dnr, NEW)[:, :-1])
-    np.testing.assert_allclose(probabilities, expit(expected * dnr.platt[0] + dnr.platt[1]), atol=1e-5)
+    expected = dnr.combiner.scores(tf.constant(np.concatenate(stacked, axis=1)))
+    np.testing.assert_allclose(dnr.scores(NEW), expected, atol=1e-5)
+    found, odds = answers(dnr, NEW), expected * dnr.platt[0] + dnr.platt[1]
+    np.testing.assert_allclose(expit(found.logits), expit(odds), atol=1e-5)
+    np.testing.assert_allclose(found.refusal, dnr.threshold - odds.numpy().max(axis=1), atol=1e-4)
 
 
 def test_defences_classify_and_refuse(defence):
-    shares = rejection.rates(rejection.outcomes(defence, NEW, NEW_Y))
+    shares = evaluation.rates(evaluation.outcomes(defence, NEW, NEW_Y))
     assert sum(shares.values()) == pytest.approx(1) and shares["correct"] > 0.9
     never = replace(defence, threshold=-np.inf)
-    assert rejection.rates(rejection.outcomes(never, NEW, NEW_Y))["rejected"] == 0
+    assert evaluation.rates(evaluation.outcomes(never, NEW, NEW_Y))["rejected"] == 0
+    assert (answers(never, NEW).refusal == -np.inf).all()
     always = replace(defence, threshold=np.inf)
-    assert rejection.rates(rejection.outcomes(always, NEW, NEW_Y))["rejected"] == 1
+    assert evaluation.rates(evaluation.outcomes(always, NEW, NEW_Y))["rejected"] == 1
+
+
+def test_the_paths_are_the_network_the_defence_and_the_smoothed_one(dnr):
+    paths = dnr.paths()
+    assert list(paths) == ["unaware", "exact", "smoothed"] and paths["exact"].outputs is dnr
+    np.testing.assert_allclose(paths["unaware"].outputs(NEW).logits, dnr.network(NEW, training=False), atol=1e-5)
+    assert (paths["unaware"].outputs(NEW).refusal.numpy() == -np.inf).all()
+    np.testing.assert_array_equal(paths["smoothed"].outputs(NEW).logits, dnr.smoothed(0.3)(NEW).logits)
+    assert [path.losses for path in paths.values()] == [(), (rejection.margin,), (rejection.margin,)]
+
+
+def test_an_attack_on_any_path_is_judged_by_the_defence(dnr):
+    strict, threat = dnr.at_rate(X, 0.3), ThreatModel("l2", 2.0)
+    found = {path: attacks.pgd(strict, NEW, NEW_Y, threat, steps=10, path=path) for path in strict.paths()}
+    for each in found.values():
+        np.testing.assert_array_equal(each.value > 0, evaluation.outcomes(strict, each.images, NEW_Y) == 2)
+    assert (found["exact"].value > 0).sum() > (found["unaware"].value > 0).sum()
 
 
 def test_outcomes_follow_the_most_probable_class(nr):
-    z = rejection.evaluate(nr, NEW)
-    best = expit(z[:, :-1].max(axis=1))
+    z = answers(nr, NEW).logits
+    best = expit(z.max(axis=1))
     for theta in (0.5, float(np.median(best)), 0.999):
-        found = rejection.outcomes(nr.at(theta), NEW, np.roll(NEW_Y, 1))
-        seen = z[:, :-1].argmax(axis=1)
+        found = evaluation.outcomes(nr.at(theta), NEW, np.roll(NEW_Y, 1))
+        seen = z.argmax(axis=1)
         expected = np.where(best < theta, 1, np.where(seen == np.roll(NEW_Y, 1), 0, 2))
         np.testing.assert_array_equal(found, expected)
         assert nr.at(theta).theta == pytest.approx(theta)
@@ -293,7 +313,7 @@ def test_outcomes_follow_the_most_probable_class(nr):
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.4])
 def test_the_threshold_refuses_the_wanted_share_of_clean_images(dnr, rate):
-    refused = rejection.outcomes(dnr.at_rate(NEW, rate), NEW, NEW_Y) == 1
+    refused = evaluation.outcomes(dnr.at_rate(NEW, rate), NEW, NEW_Y) == 1
     assert refused.mean() == pytest.approx(rate, abs=1 / len(NEW))
 
 
@@ -313,12 +333,12 @@ def test_parameters_may_differ_by_layer(network):
 def test_shared_distances_and_a_second_fit_give_the_same(network, dnr):
     shared = rejection.prepare(network, X, (1, 3, 4))
     again = rejection.fit(network, X, Y, layers=(1, 3, 4), C=1.0, gamma=0.05, shared=shared)
-    np.testing.assert_array_equal(rejection.evaluate(again, NEW), rejection.evaluate(dnr, NEW))
+    np.testing.assert_array_equal(answers(again, NEW).logits, answers(dnr, NEW).logits)
 
 
 def test_labels_and_layers_may_be_lists(network, nr):
     again = rejection.fit(network, X, Y.tolist(), layers=[4], C=1.0, gamma=0.05)
-    np.testing.assert_array_equal(rejection.evaluate(again, NEW), rejection.evaluate(nr, NEW))
+    np.testing.assert_array_equal(answers(again, NEW).logits, answers(nr, NEW).logits)
 
 
 def test_fitting_shows_progress_where_asked(network, capsys):
@@ -334,7 +354,8 @@ def test_fitting_shows_progress_where_asked(network, capsys):
 def test_a_saved_defence_is_loaded_alike(defence, tmp_path):
     name = rejection.save(defence.at(0.8), tmp_path)
     again = rejection.load(tmp_path / name)
-    np.testing.assert_allclose(rejection.evaluate(again, NEW), rejection.evaluate(defence.at(0.8), NEW), rtol=1e-12)
+    for found, expected in zip(answers(again, NEW), answers(defence.at(0.8), NEW), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
     assert rejection.save(again, tmp_path) == name
     with np.load(tmp_path / name, allow_pickle=False) as npz:
         assert all(npz[key].dtype != object for key in npz)
@@ -377,7 +398,7 @@ def test_a_damaged_or_missing_file_is_named(nr, tmp_path):
     ({"folds": 2.5}, ValueError, "folds is 2.5"),
 ])  # fmt: skip
 def test_bad_arguments_of_fit_are_named_before_the_work(network, monkeypatch, options, error, message):
-    monkeypatch.setattr(rejection, "features", None)
+    monkeypatch.setattr(rejection, "_features", None)
     with pytest.raises(error, match=message):
         rejection.fit(network, **{"x": X, "y": Y, "layers": (3, 4)} | options)
 
@@ -430,28 +451,31 @@ EPS = [0.0, 0.5, 2.0]
 def attacked(defence, attack, eps, seed=0):
     threat = ThreatModel("l2", eps)
     if attack == "algorithm 1":
-        return adaptive.algorithm_1(defence, NEW, NEW_Y, threat, step_size=0.1, steps=15, seed=seed)[0]
+        return adaptive.algorithm_1(defence, NEW, NEW_Y, threat, step_size=0.1, steps=15, seed=seed)
     return adaptive.strong(defence, NEW, NEW_Y, threat, X, Y, steps=15, seed=seed)
 
 
 @pytest.mark.parametrize("attack", ["algorithm 1", "strong"])
 @pytest.mark.parametrize("eps", EPS)
 def test_attacks_keep_to_the_ball_and_the_bounds(dnr, attack, eps):
-    x_adv = attacked(dnr, attack, eps)
+    found = attacked(dnr, attack, eps)
+    x_adv = found.images
     assert ThreatModel("l2", eps).distance(x_adv, NEW).max() <= eps + 1e-6
     assert x_adv.min() >= 0 and x_adv.max() <= 1 and x_adv.dtype == np.float32
     assert (eps > 0) == bool((x_adv != NEW).any())
+    np.testing.assert_array_equal(found.value > 0, evaluation.outcomes(dnr, x_adv, NEW_Y) == 2)
 
 
 @pytest.mark.parametrize("attack", ["algorithm 1", "strong"])
 def test_the_same_seed_gives_the_same_images(nr, attack):
     first = attacked(nr, attack, 0.5)
-    np.testing.assert_array_equal(first, attacked(nr, attack, 0.5))
-    assert not np.array_equal(first, attacked(nr, attack, 0.5, seed=1))
+    for one, other in zip(first, attacked(nr, attack, 0.5), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert not np.array_equal(first.images, attacked(nr, attack, 0.5, seed=1).images)
 
 
-def evaded(defence, x_adv):
-    return (rejection.outcomes(defence, x_adv, NEW_Y) == 2).mean()
+def evaded(defence, found):
+    return (evaluation.outcomes(defence, found.images, NEW_Y) == 2).mean()
 
 
 def test_the_strong_attack_is_at_least_as_good_as_the_papers(defence):
@@ -461,17 +485,19 @@ def test_the_strong_attack_is_at_least_as_good_as_the_papers(defence):
 
 
 def test_more_restarts_and_the_smoothed_half_never_lose_an_image(dnr):
-    threat, aware = ThreatModel("l2", 0.7), adaptive.evasion(CLASSES)
-    gains = [aware(rejection.evaluate(dnr, adaptive.strong(dnr, NEW, NEW_Y, threat, X, Y, steps=10, restarts=r)),
-                   tf.constant(NEW_Y)).numpy() for r in (1, 2, 4)]  # fmt: skip
+    threat = ThreatModel("l2", 0.7)
+    gains = [adaptive.strong(dnr, NEW, NEW_Y, threat, X, Y, steps=10, restarts=r) for r in (1, 2, 4)]
+    for found in gains:
+        np.testing.assert_allclose(found.value, evasion(answers(dnr, found.images), NEW_Y), rtol=1e-5, atol=1e-5)
+    gains = [found.value for found in gains]
     assert (gains[0] > 0).sum() <= (gains[1] > 0).sum() <= (gains[2] > 0).sum()
-    clean = aware(rejection.evaluate(dnr, NEW), tf.constant(NEW_Y)).numpy()
-    assert all((gain >= clean).all() for gain in gains) and (gains[2] > clean).any()
+    clean = evasion(answers(dnr, NEW), NEW_Y).numpy()
+    assert all((gain >= clean - 1e-6).all() for gain in gains) and (gains[2] > clean).any()
 
 
 @pytest.mark.parametrize("options", [{"steps": 0}, {"restarts": 0}, {"width": -1.0}, {"batch_size": -1}])
 def test_bad_arguments_of_the_strong_attack_are_named_before_the_work(nr, monkeypatch, options):
-    monkeypatch.setattr(adaptive, "evaluate", None)
+    monkeypatch.setattr(adaptive, "answers", None)
     with pytest.raises(ValueError, match=f"{next(iter(options))} is"):
         adaptive.strong(nr, NEW, NEW_Y, ThreatModel("l2", 1.0), X, Y, **options)
 
@@ -483,38 +509,54 @@ def test_the_strong_attack_evades_everything_in_a_large_ball(defence):
 def test_being_refused_is_no_success(nr):
     """A margin that forgets the refusal is satisfied with refused images; the reject-aware one is not."""
     strict, threat = nr.at_rate(X, 0.3), ThreatModel("l2", 1.0)
-    aware = adaptive.evasion(CLASSES)
-    z = np.array([[2.0, 1.0, 0.0, 1.5], [1.0, 2.0, 0.0, 1.5], [1.0, 2.0, 0.0, 3.0]])
-    np.testing.assert_allclose(aware(z, tf.constant([0, 0, 0])), [-1.0, 0.5, -1.0])
-    x_adv = attacks.pgd(strict.logits, NEW, NEW_Y, threat, steps=10, losses=(aware,), goal=aware)
-    outcome = rejection.outcomes(strict, x_adv, NEW_Y)
-    scores = aware(rejection.evaluate(strict, x_adv), tf.constant(NEW_Y)).numpy()
-    np.testing.assert_array_equal(scores > 0, outcome == 2)
+    z, threshold = np.array([[2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [1.0, 2.0, 0.0]]), np.array([1.5, 1.5, 3.0])
+    refused = Outputs(z, threshold - z.max(axis=1))
+    np.testing.assert_allclose(rejection.margin(refused, tf.constant([0, 0, 0])), [-1.0, 0.5, -1.0])
+    never = Outputs(z, np.full(3, -np.inf))
+    np.testing.assert_allclose(rejection.margin(never, tf.constant([0, 0, 0])), [-1.0, 1.0, 1.0])
+    found = attacks.pgd(strict, NEW, NEW_Y, threat, steps=10, losses=(rejection.margin,), goal=rejection.margin)
+    outcome = evaluation.outcomes(strict, found.images, NEW_Y)
+    np.testing.assert_array_equal(found.value > 0, outcome == 2)
+    for goal in (rejection.margin, evasion):  # the two are above 0 for the same images
+        np.testing.assert_array_equal(goal(answers(strict, found.images), NEW_Y).numpy() > 0, outcome == 2)
+    forgetful = attacks.pgd(strict, NEW, NEW_Y, threat, steps=10, losses=("margin",), goal=lambda outputs, y: (
+        attacks.margin(outputs.logits, y)))  # fmt: skip
+    assert (evaluation.outcomes(strict, forgetful.images, NEW_Y) == 2).sum() < (forgetful.value > 0).sum()
+
+
+def test_the_strong_attack_passes_the_checks_that_a_weak_one_on_the_same_defence_fails(dnr):
+    threat, options = ThreatModel("l2", 2.0), {"steps": 20, "queries": 60}
+    strong = partial(adaptive.strong, x_train=X, y_train=Y, restarts=2)
+    table = evaluation.sanity_checks(dnr, NEW, NEW_Y, threat, attack=strong, **options)
+    assert table["passed"].all() and len(table) == 13, table.to_string()
+    table = evaluation.sanity_checks(dnr, NEW, NEW_Y, threat, path="smoothed", **options)
+    assert "PGD less a gradient-free attack" in set(table["check"][~table["passed"]]), table.to_string()
 
 
 def test_algorithm_1_descends_the_hinge_loss_of_the_runner_up(dnr):
-    z = rejection.evaluate(dnr, NEW)[:, :-1]
+    z = answers(dnr, NEW).logits
     z[np.arange(len(NEW)), NEW_Y] = -np.inf
     signs = np.where(np.arange(CLASSES) == z.argmax(1)[:, None], 1, -1)
 
     def loss(x):
-        return np.maximum(0, 1 - signs * dnr.scores(x)[0].numpy()).sum(axis=1)
+        return np.maximum(0, 1 - signs * dnr.scores(x).numpy()).sum(axis=1)
 
     threat = ThreatModel("l2", 1.0)
     start = threat.random_start(NEW, 0)
-    one, steps = adaptive.algorithm_1(dnr, NEW, NEW_Y, threat, step_size=0.05, steps=1)
+    one, left, steps = adaptive.algorithm_1(dnr, NEW, NEW_Y, threat, step_size=0.05, steps=1)
     with tf.GradientTape() as tape:
         x = tf.constant(start)
         tape.watch(x)
-        value = tf.reduce_sum(tf.nn.relu(1 - signs * dnr.scores(x)[0]), axis=1)
+        value = tf.reduce_sum(tf.nn.relu(1 - signs * dnr.scores(x)), axis=1)
     by_hand = threat.project(x - 0.05 * tape.gradient(value, x), NEW)
     np.testing.assert_allclose(one, by_hand, atol=1e-6)
     assert (steps == 1).all()
-    many, steps = adaptive.algorithm_1(dnr, NEW, NEW_Y, threat, step_size=0.05, steps=30)
+    np.testing.assert_allclose(left, evasion(answers(dnr, one), NEW_Y), rtol=1e-5, atol=1e-5)
+    many, _, steps = adaptive.algorithm_1(dnr, NEW, NEW_Y, threat, step_size=0.05, steps=30)
     assert loss(many).mean() < loss(one).mean() < loss(start).mean()
     assert steps.min() < 30  # some have stopped
     np.testing.assert_allclose(
-        adaptive.algorithm_1(dnr, NEW, NEW_Y, threat, step_size=0.05, tolerance=1e9)[1], 1)
+        adaptive.algorithm_1(dnr, NEW, NEW_Y, threat, step_size=0.05, tolerance=1e9).steps, 1)
 
 
 def test_training_points_of_other_classes_start_the_attack(nr):
@@ -525,7 +567,7 @@ def test_training_points_of_other_classes_start_the_attack(nr):
     d2[Y[None] == NEW_Y[:, None]] = np.inf
     for i, near in enumerate(np.argsort(d2, axis=1)[:, :5]):
         options = threat.project(X[near], np.repeat(NEW[i : i + 1], 5, axis=0)).numpy()
-        scores = adaptive.evasion(CLASSES)(rejection.evaluate(nr, options), tf.constant([NEW_Y[i]] * 5)).numpy()
+        scores = rejection.margin(answers(nr, options), tf.constant([NEW_Y[i]] * 5)).numpy()
         np.testing.assert_allclose(starts[i], options[scores.argmax()], atol=1e-6)
 
 
@@ -534,7 +576,7 @@ def test_the_density_pulls_towards_the_wrong_class(nr):
     by_hand = [np.log(np.exp(-((NEW[0] - X[k == Y]) ** 2).sum(axis=(1, 2, 3)) / 0.5).sum()) for k in range(CLASSES)]
     np.testing.assert_allclose(density(NEW[:1])[0], by_hand, rtol=1e-6)
     options = dict(threat=ThreatModel("l2", 1.0), x_train=X, y_train=Y, steps=15)
-    plain, dense = (adaptive.strong(nr, NEW, NEW_Y, density=d, weight=w, **options)
+    plain, dense = (adaptive.strong(nr, NEW, NEW_Y, density=d, weight=w, **options).images
                     for d, w in ((None, 0.0), (density, 10.0)))  # fmt: skip
     wrong = (NEW_Y[:, None] != np.arange(CLASSES))
     best = [np.where(wrong, density(x), -np.inf).max(1).mean() for x in (NEW, plain, dense)]
@@ -549,12 +591,14 @@ def test_bad_arguments_of_algorithm_1_are_named(nr, options):
         adaptive.algorithm_1(nr, NEW, NEW_Y, ThreatModel("l2", 1.0), **{"step_size": 0.1} | options)
 
 
-def test_a_target_is_kept_until_the_next_one(nr, dnr, tmp_path):
+def test_a_loaded_defence_is_kept_until_the_next_one(nr, dnr, tmp_path):
     first, second = (tmp_path / rejection.save(defence, tmp_path) for defence in (nr, dnr))
-    kept = adaptive.target(first)
-    rejection.evaluate(kept, NEW)
-    assert adaptive.target(first) is kept
-    assert adaptive.target(second).layers == dnr.layers
+    kept = adaptive.loaded(first)
+    answers(kept, NEW)
+    assert adaptive.loaded(first) is kept
+    assert adaptive.loaded(second).layers == dnr.layers
+    assert adaptive.loaded(first) is not kept
+    adaptive.clear_graphs()
 
 
 def test_attacks_show_progress_where_asked(nr, capsys):
