@@ -80,6 +80,38 @@ def paper(chapters):
 
 
 @main.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--data", "dataset", default="digits", show_default=True, help="Data set of helpers.data.")
+@click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True)
+@click.option("--eps", default=0.1, show_default=True, help="Radius, pixels in [0, 1].")
+@click.option("--images", default=200, show_default=True, help="Test images.")
+@click.option("--seed", default=0, show_default=True)
+def arena(file, dataset, norm, eps, images, seed):
+    """Attack the defence in FILE with all the book has, and write what is left as JSON and as a page.
+
+    FILE is a network saved as .keras, or a Python file with a function `defence` that gives a Keras network, a function
+    from images to logits, or an object with `randomised`, a call and `paths` (see CONTRIBUTING.md).
+    """
+    from helpers import arena, data  # TensorFlow takes seconds, which the other commands do not need
+    from helpers.threat import ThreatModel
+
+    try:
+        threat, loaded, options = ThreatModel(norm, eps), data.load(dataset), {"images": images, "seed": seed}
+        entry = arena.examine(arena.opened(file), loaded, threat, name=file.stem, label="attacks", **options)
+    except (arena.ArenaError, ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    found, folder = entry.report, files.output("arena")
+    click.echo(f"\n{found.attacks.to_string(index=False)}\n")
+    for row in found.flags[~found.flags["passed"]].itertuples():
+        measured = f"{row.measured:.3f}, limit {row.relation} {row.limit:g}"
+        click.echo(f"RAISED {row.check}: {measured}. {arena.advice(row.check)}")
+    click.echo(f"{found.left:.1%} of {len(found.clean)} images are left at {norm}, eps {eps:g}"
+               + ("" if found.sound else ": not sound, not to be quoted"))
+    for path in arena.write(entry, folder):
+        click.echo(f"written: {path}")
+
+
+@main.command()
 @click.argument("url")
 def address(url):
     """Write the repository's address, https://github.com/<owner>/<name>, to all files that name it."""

@@ -38,7 +38,7 @@ def show(fig, alt, caption=""):
     if not alt.strip():
         raise ValueError("alt: got an empty text; expected a sentence that says what the figure finds")
     metadata = {"image/png": {"alt": alt, "caption": caption}}
-    display({"image/png": _png(fig), "text/plain": alt}, raw=True, metadata=metadata)
+    display({"image/png": png(fig), "text/plain": alt}, raw=True, metadata=metadata)
 
 
 def say(markdown):
@@ -162,7 +162,7 @@ def eps_slider(frames, eps, label, norm="linf"):
     if len(frames) != len(eps) or not frames or not label.strip():
         raise ValueError(f"frames: got {len(frames)} for {len(eps)} eps, label {label!r}; expected one each")
     lengths = [f"ε = {e:.3g}" + (f" ({e * 255:.3g}/255)" if norm == "linf" else "") for e in eps]
-    images = [(_png(picture if isinstance(picture, Figure) else digit_grid([picture], columns=1, size=2.2)),
+    images = [(png(picture if isinstance(picture, Figure) else digit_grid([picture], columns=1, size=2.2)),
                f"{length}: {text}") for length, (picture, text) in zip(lengths, frames, strict=True)]
     template = jinja2.Template(Path(__file__).with_name("slider.html.jinja").read_text("utf-8"), autoescape=True)
     key = hashlib.sha256(f"{label}{images}".encode()).hexdigest()[:12]
@@ -190,7 +190,8 @@ def _bands(ax, series, x=None, markers=" ", columns=2):
     ax.legend(title=title, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.5)
 
 
-def _png(fig):
+def png(fig):
+    """A Figure as PNG of 256 colours, base64."""
     large, small = io.BytesIO(), io.BytesIO()
     fig.savefig(large, format="png", bbox_inches="tight", pad_inches=0.15, facecolor=BACKGROUND)
     Image.open(large).convert("RGB").quantize(256).save(small, "png", optimize=True)  # a third of the bytes

@@ -274,7 +274,9 @@ def check_size(model, x):
     """Raise ValueError unless the Keras network `model` takes images of the size of `x`."""
     expected = model.input_shape[1:]
     if any(side not in (None, given) for side, given in zip(expected, x.shape[1:], strict=True)):
-        raise ValueError(f"x holds images {x.shape[1:]}; expected {expected}, the size that the network takes")
+        turned = expected == (x.shape[3], *x.shape[1:3]) and expected != x.shape[1:]
+        raise ValueError(f"x holds images {x.shape[1:]}; expected {expected}, the size that the network takes"
+                         + (": it has channels first, so put a Permute((3, 1, 2)) before it" if turned else ""))
 
 
 def check_logits(logits):

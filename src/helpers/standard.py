@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import tensorflow as tf
+from tqdm import tqdm
 
 from helpers.attacks import pgd
 from helpers.checks import known
@@ -374,13 +375,15 @@ STANDARD = {  # cheap ones first: each attacks what those before it left; on eve
 }
 
 
-def standard(defence, x, y, threat, *, attacks=None, paths=None, surrogate=None, goal=None, batch_size=500, seed=0):
+def standard(defence, x, y, threat, *, attacks=None, paths=None, surrogate=None, goal=None, batch_size=500, seed=0,
+             label=None):  # fmt: skip
     """A set of attacks, each on what those before it left; the last one asks the deployed defence alone.
 
     attacks : name -> attack, called as `apgd` is; default `STANDARD`. All but the last run on every path. The last
         begins from the best images so far.
     paths : names of the defence's paths; default all of them. Losses of a path's own, and its starts, are tried first.
     surrogate : a network of the same kind, trained apart, from which images are transferred before the last attack.
+    label : text of the progress bar; None shows none.
 
     Returns
     -------
@@ -389,7 +392,8 @@ def standard(defence, x, y, threat, *, attacks=None, paths=None, surrogate=None,
     aim, y, found = opened(defence, x, y, threat, goal=goal, batch_size=batch_size, seed=seed)
     found.value[:] = aim.values(x, y)
     rows = [("none", "", len(x), int((found.value > 0).sum()), 0)]
-    for name, path, attack in _cascade(aim.defence, paths, dict(attacks or STANDARD), surrogate, seed):
+    cascade = list(_cascade(aim.defence, paths, dict(attacks or STANDARD), surrogate, seed))
+    for name, path, attack in tqdm(cascade, desc=label, disable=label is None, unit="attack"):
         if not (left := found.left()).size:
             break
         options = {"start": found.images[left]} if path is None else {"path": path[1]}
