@@ -8,7 +8,10 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from helpers import attacks, flags, soundness
+from helpers import attacks, filters, flags, losses, soundness
+from helpers.defence import Outputs, Path, as_defence
+from helpers.models import predict
+from helpers.standard import apgd
 from helpers.threat import ThreatModel
 from helpers.training import fit
 
@@ -53,24 +56,24 @@ def loud(network):
     return model
 
 
-def strong(model, x, y, threat):
-    return attacks.apgd(model, x, y, threat, steps=40, restarts=3)
+strong = partial(apgd, steps=40, restarts=3)
+saturated = partial(attacks.pgd, steps=20)
 
 
-def one_step(model, x, y, threat):
-    return attacks.pgd(model, x, y, threat, steps=1, step_size=threat.eps / 4, start=x)
+def one_step(defence, x, y, threat, **options):
+    return attacks.pgd(defence, x, y, threat, steps=1, step_size=threat.eps / 4, start=x, **options)
 
 
-def tiny_steps(model, x, y, threat):
-    return attacks.pgd(model, x, y, threat, steps=5, step_size=1e-3, start=x)
+def tiny_steps(defence, x, y, threat, **options):
+    return attacks.pgd(defence, x, y, threat, steps=5, step_size=1e-3, start=x, **options)
 
 
-def wrong_sign(model, x, y, threat):
-    return attacks.pgd(model, x, y, threat, steps=20, losses=(lambda z, y: -attacks.margin(z, y),), start=x)
+def downhill(outputs, y):
+    return -losses.evasion(outputs, y)
 
 
-def saturated(model, x, y, threat):
-    return attacks.pgd(model, x, y, threat, steps=20)
+def wrong_sign(defence, x, y, threat, **options):
+    return attacks.pgd(defence, x, y, threat, steps=20, losses=(downhill,), start=x, **options)
 
 
 def raised(rows):
@@ -97,17 +100,33 @@ def test_weak_attacks_fail_the_binarization_test(network, weak, threat):
 
 def test_an_attack_on_a_masked_network_fails_the_binarization_test(network, loud):
     """The readout's logits spread as widely as the network's, and so it is masked like the network."""
-    features, threat = soundness._features(network), THREATS[1]
+    features, threat = soundness._features(as_defence(network)), THREATS[1]
     masked, seen = (soundness.binarization(loud, attack, X, threat, features=features)[0]
                     for attack in (saturated, strong))  # fmt: skip
     assert not masked["passed"] and seen["passed"]
 
 
 def test_what_leaves_the_ball_is_no_success(network):
-    def outside(model, x, y, threat):
-        return strong(model, x, y, ThreatModel(threat.norm, 4 * threat.eps)).images
+    def outside(defence, x, y, threat):
+        return strong(defence, x, y, ThreatModel(threat.norm, 4 * threat.eps))
 
     assert soundness.binarization(network, outside, X, THREATS[1])[0]["measured"] < 0.5
+
+
+def test_the_readout_sees_what_the_filter_shows_to_the_network(network):
+    defence = filters.defend(network, "median", 3)
+    expected = predict(soundness._features(as_defence(network)), filters.apply(X, "median", 3), 20)
+    for path in (defence, *(defence.paths()[name].outputs for name in ("exact", "BPDA"))):
+        np.testing.assert_allclose(predict(soundness._features(path), X, 20), expected, atol=1e-5)
+    success, by_chance = soundness.binarization(defence, strong, X, THREATS[1], path="BPDA", draws=50)
+    assert success["n"] > 8 and success["measured"] > 0.5 and by_chance["passed"]
+
+
+def test_an_attack_without_the_gradient_of_a_filter_fails_the_binarization_test(network):
+    defence = filters.defend(network, "bits", 2)
+    success = [soundness.binarization(defence, strong, X[:8], THREATS[1], path=Path(path), inner=10, draws=5)[0]
+               for path in (defence, defence.paths()["BPDA"].outputs)]  # fmt: skip
+    assert success[0]["measured"] < success[1]["measured"]
 
 
 @either_norm
@@ -162,13 +181,11 @@ def test_a_masked_network_raises_an_indicator(loud):
 
 
 def test_an_attack_that_forgets_its_success_raises_an_indicator(network):
-    def forgets(model, x, y, threat):
-        attacks.apgd(model, x, y, threat, steps=20)
-        return x
+    def forgets(defence, x, y, threat, **options):
+        return apgd(defence, x, y, threat, steps=20, **options)._replace(images=x)
 
-    def wins_outside(model, x, y, threat):
-        attacks.apgd(model, x, y, ThreatModel("l2", 3.0), steps=20)
-        return x
+    def wins_outside(defence, x, y, threat, **options):
+        return apgd(defence, x, y, ThreatModel("l2", 3.0), steps=20, **options)._replace(images=x)
 
     assert "silent success" in raised(soundness.indicators(network, forgets, X, Y, THREATS[1]))
     assert "silent success" not in raised(soundness.indicators(network, wins_outside, X, Y, ThreatModel("l2", 0.01)))
@@ -184,6 +201,31 @@ def test_what_wins_on_another_network_only_raises_an_indicator(network):
     assert "transfer failure" not in raised(soundness.indicators(network, strong, X, Y, THREATS[1], path=network))
 
 
+def test_the_attack_on_a_defence_that_refuses_is_told_what_wins(network):
+    """What is deployed refuses all; the path, which never refuses, is where the attack wins."""
+    refusing, attack = Refusing(network), partial(apgd, steps=10)
+    rows = soundness.indicators(refusing, attack, X[:4], Y[:4], THREATS[1], path="unaware")
+    assert "transfer failure" in raised(rows)
+    rows = soundness.indicators(refusing, attack, X[:4], Y[:4], THREATS[1])
+    assert "transfer failure" not in raised(rows) and "unconstrained failure" in raised(rows)
+
+
+class Refusing:
+    """A network that refuses every image."""
+
+    randomised = False
+
+    def __init__(self, network):
+        self.network = as_defence(network)
+
+    def __call__(self, x):
+        logits = self.network(x).logits
+        return Outputs(logits, tf.ones(tf.shape(logits)[0]))
+
+    def paths(self, seed=0):
+        return {"exact": Path(self), "unaware": Path(self.network)}
+
+
 def test_predictions_that_jump_raise_an_indicator(network):
     def rippled(x):
         ripple = tf.math.sin(1e4 * tf.reduce_sum(x, axis=(1, 2, 3)))[:, None]
@@ -196,7 +238,7 @@ def test_predictions_that_jump_raise_an_indicator(network):
 def test_images_that_are_wrong_anyway_are_left_out(network):
     y = Y.copy()
     y[:6] = (y[:6] + 1) % 3
-    rows = soundness.indicators(network, partial(attacks.apgd, steps=5), X, y, THREATS[1])
+    rows = soundness.indicators(network, partial(apgd, steps=5), X, y, THREATS[1])
     assert {row["n"] for row in rows} == {len(X) - 6}
     with pytest.raises(ValueError, match="all 6 images win without an attack"):
         soundness.indicators(network, strong, X[:6], y[:6], THREATS[1])
