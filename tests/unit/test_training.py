@@ -8,6 +8,8 @@ from keras import layers
 
 from helpers import attacks, models
 from helpers.evaluation import correct, score
+from helpers.losses import cross_entropy
+from helpers.threat import ThreatModel
 from helpers.training import Adversary, fit
 
 SHAPE = (4, 4, 1)
@@ -40,6 +42,10 @@ def noisy(seed=0):
         layers.Input(SHAPE), layers.Conv2D(4, 3, activation="relu"), layers.BatchNormalization(), layers.Flatten(),
         layers.Dropout(0.3), layers.Dense(2),
     ])  # fmt: skip
+
+
+def linf(eps):
+    return ThreatModel("linf", eps)
 
 
 def flat(model):
@@ -78,7 +84,7 @@ def test_adversarial_training_makes_the_network_more_robust():
     def robust(adversary):
         model = plain()
         fit(model, x, y, epochs=40, batch_size=50, learning_rate=0.02, adversary=adversary)
-        return correct(model, attacks.bim(model, x, y, 0.2), y).mean()
+        return (attacks.bim(model, x, y, linf(0.2)).value <= 0).mean()
 
     assert robust(Adversary(0.2, mixed=False)) > robust(None) + 0.3
 
@@ -90,7 +96,7 @@ def by_hand(x, y, learning_rate):
     """The weights after one Adam step on the mean cross-entropy of one batch."""
     model, adam = plain(), keras.optimizers.Adam(learning_rate)
     with tf.GradientTape() as tape:
-        loss = tf.reduce_mean(attacks.cross_entropy(model(x, training=True), y))
+        loss = tf.reduce_mean(cross_entropy(model(x, training=True), y))
     variables = model.trainable_variables
     adam.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
     return flat(model), float(loss)
@@ -101,7 +107,7 @@ def by_hand(x, y, learning_rate):
 def test_an_adversarial_step_is_that_of_the_equation(steps, mixed):
     """FGSM is Adversary(eps), I-FGSM several steps without a random start; mixed adds the clean images."""
     adversary = Adversary(0.1, steps, mixed=mixed, step_size=0.1 / steps)
-    x_adv = attacks.bim(plain(), X, Y, 0.1, steps=steps)
+    x_adv = attacks.bim(plain(), X, Y, linf(0.1), steps=steps).images
     x, y = (np.concatenate([X, x_adv]), np.concatenate([Y, Y])) if mixed else (x_adv, Y)
     expected, loss = by_hand(x, y, 0.01)
     model = plain()
@@ -141,7 +147,7 @@ def test_every_image_is_seen_once_an_epoch_with_its_adversary(adversary, images,
     start = spy.sums.numpy()
     fit(model, X, Y, epochs=3, batch_size=16, adversary=adversary)
     seen = spy.sums.numpy() - start
-    checked = seen[1, 0] - 3 * crafted  # check_logits looks at the first images once
+    checked = seen[1, 0] - 3 * crafted  # check_defence looks at the first images once
     assert seen[0, 0] == 3 * images and 0 <= checked <= 8
     if adversary is None:
         np.testing.assert_allclose(seen[0, 1], 3 * X.sum(), rtol=1e-4)
@@ -234,11 +240,12 @@ def test_crafted_images_keep_to_the_radius_and_the_bounds(adversary):
 def test_crafting_is_fgsm_bim_and_pgd():
     model, x, y = plain(), tf.constant(X), tf.constant(Y)
     fgsm = Adversary(0.1).craft(model, x, y, tf.constant([0, 0]))
-    np.testing.assert_allclose(fgsm, attacks.fgsm(model, X, Y, 0.1), atol=1e-6)
+    np.testing.assert_allclose(fgsm, attacks.fgsm(model, X, Y, linf(0.1)).images, atol=1e-6)
     bim = Adversary(0.1, 5, step_size=0.02).craft(model, x, y, tf.constant([0, 0]))
-    np.testing.assert_allclose(bim, attacks.bim(model, X, Y, 0.1, steps=5), atol=1e-6)
+    np.testing.assert_allclose(bim, attacks.bim(model, X, Y, linf(0.1), steps=5).images, atol=1e-6)
     pgd = Adversary(0.1, 10, True).craft(model, x, y, tf.constant([0, 0])).numpy()
-    assert score(model, pgd, Y)["loss"] > 0.95 * score(model, attacks.bim(model, X, Y, 0.1), Y)["loss"]
+    ifgsm = attacks.bim(model, X, Y, linf(0.1)).images
+    assert score(model, pgd, Y)["loss"] > 0.95 * score(model, ifgsm, Y)["loss"]
 
 
 def test_crafting_moves_no_statistics_and_draws_no_dropout():
@@ -257,7 +264,7 @@ def test_the_batch_statistics_are_those_of_the_batch_trained_on():
     reference = keras.models.clone_model(model)
     reference.set_weights(model.get_weights())
     fit(model, X, Y, epochs=1, batch_size=N, adversary=Adversary(0.2))
-    mixed = np.concatenate([X, attacks.fgsm(reference, X, Y, 0.2)])
+    mixed = np.concatenate([X, attacks.fgsm(reference, X, Y, linf(0.2)).images])
     np.testing.assert_allclose(normalise.moving_mean.numpy(), mixed.mean(axis=(0, 1, 2)), atol=1e-5)
 
 
