@@ -1,5 +1,7 @@
 """The checks of arguments: what they name, what they let pass, and that an image is checked once on its way in."""
 
+import sys
+
 import hypothesis.extra.numpy as arrays
 import hypothesis.strategies as st
 import keras
@@ -8,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from keras import layers
 
-from helpers import attacks, closeness, detection, evaluation, filters, rejection, uncertainty
+from helpers import attacks, closeness, defence, detection, evaluation, filters, rejection, standard, uncertainty
 from helpers.checks import check_images, check_labels, check_positive
 from helpers.threat import ThreatModel
 
@@ -17,6 +19,7 @@ quickly = settings(max_examples=30, deadline=None, derandomize=True)
 images = arrays.arrays("float32", SHAPE, elements=st.floats(0, 1, width=32))
 X = np.random.default_rng(0).uniform(0, 1, (60, 4, 4, 1)).astype("float32")
 Y = (X[:, :2].mean(axis=(1, 2, 3)) > X[:, 2:].mean(axis=(1, 2, 3))).astype("int64")
+LINF = ThreatModel("linf", 0.1)
 
 
 def grey(shape=SHAPE):
@@ -60,6 +63,11 @@ def test_bad_labels_are_named(y, error, message):
         check_labels(y, 3, 3)
 
 
+def test_an_error_bears_the_name_of_the_argument():
+    with pytest.raises(ValueError, match="target lies in 0...3"):
+        check_labels([0, 1, 3], 3, 3, "target")
+
+
 @quickly
 @given(images)
 def test_good_images_and_labels_pass(x):
@@ -98,24 +106,27 @@ def near(network):
 
 
 @pytest.fixture(scope="module")
-def defence(network):
+def fitted(network):
     return rejection.fit(network, X, Y, layers=(1, 2))
 
 
 @pytest.mark.parametrize("call", [
-    lambda network, defence, near: attacks.pgd(network, X, Y, ThreatModel("l2", 0.1), steps=2),
-    lambda network, defence, near: attacks.square(network, X, Y, ThreatModel("linf", 0.1), queries=3),
-    lambda network, defence, near: evaluation.correct(network, X, Y),
-    lambda network, defence, near: filters.apply(X, "median", 3),
-    lambda network, defence, near: uncertainty.sample(network, X, draws=2),
-    lambda network, defence, near: detection.features(network, X, near.thin(20), draws=2),
-    lambda network, defence, near: rejection.fit(network, X, Y, layers=(1, 2)),
-    lambda network, defence, near: rejection.prepare(network, X, (1, 2)),
-    lambda network, defence, near: rejection.outcomes(defence, X, Y),
-], ids=["pgd", "square", "correct", "filter", "sample", "features", "fit", "prepare", "outcomes"])  # fmt: skip
-def test_an_image_is_checked_once(call, network, defence, near, monkeypatch):
+    lambda network, fitted, near: attacks.pgd(network, X, Y, ThreatModel("l2", 0.1), steps=2),
+    lambda network, fitted, near: attacks.fgsm(filters.defend(network, "bits", 3), X, Y, LINF, path="BPDA"),
+    lambda network, fitted, near: standard.square(network, X, Y, LINF, queries=3),
+    lambda network, fitted, near: defence.answers(network, X),
+    lambda network, fitted, near: evaluation.correct(network, X, Y),
+    lambda network, fitted, near: filters.apply(X, "median", 3),
+    lambda network, fitted, near: uncertainty.sample(network, X, draws=2),
+    lambda network, fitted, near: detection.features(network, X, near.thin(20), draws=2),
+    lambda network, fitted, near: rejection.fit(network, X, Y, layers=(1, 2)),
+    lambda network, fitted, near: rejection.prepare(network, X, (1, 2)),
+    lambda network, fitted, near: evaluation.outcomes(fitted, X, Y),
+], ids=["pgd", "path", "square", "answers", "correct", "filter", "sample", "features", "fit", "prepare", "outcomes"])
+def test_an_image_is_checked_once(call, network, fitted, near, monkeypatch):
     checked = []
-    for module in (attacks, closeness, evaluation, filters, rejection, uncertainty):
-        monkeypatch.setattr(module, "check_images", lambda x, *rest, **options: checked.append(x))
-    call(network, defence, near)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("helpers.") and hasattr(module, "check_images"):
+            monkeypatch.setattr(module, "check_images", lambda x, *rest, **options: checked.append(x))
+    call(network, fitted, near)
     assert len(checked) == 1
