@@ -151,7 +151,7 @@ def test_other_bounds_hold():
     (("l1", 0.1), "norm is 'l1'"),
     (("l2", -0.1), "eps is -0.1"),
     (("linf", float("nan")), "eps is nan"),
-    (("l2", float("inf")), "eps is inf"),
+    (("linf", float("-inf")), "eps is -inf"),
     (("linf", 8), "0-255 units"),
     (("linf", 25.5), "0-255 units"),
     (("linf", 0.1, (1, 0)), "bounds are"),
@@ -161,6 +161,29 @@ def test_other_bounds_hold():
 def test_a_threat_model_refuses_bad_values(arguments, message):
     with pytest.raises(ValueError, match=message):
         ThreatModel(*arguments)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_infinity_allows_every_valid_image(norm):
+    free, x = ThreatModel(norm, np.inf), np.random.default_rng(0).uniform(0, 1, SHAPE).astype("float32")
+    corner, start = np.round(1 - x), free.random_start(x, 0)
+    np.testing.assert_allclose(free.project(corner, x).numpy(), corner, atol=1e-6)
+    np.testing.assert_array_equal(free.project(corner + 1, x).numpy().min(), np.float32(1))
+    assert free.contains(corner, x).all() and free.contains(start, x).all() and not np.array_equal(start, x)
+    assert not free.contains(corner + 0.1, x).any()
+    assert free.radius(SHAPE[1:]) == (1 if norm == "linf" else np.sqrt(32))
+    assert ThreatModel(norm, 0.3).radius(SHAPE[1:]) == 0.3
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_threat_model_contains_what_differs_by_rounding_alone(norm):
+    threat, x = ThreatModel(norm, 0.1), grey()
+    at_eps = threat.noise(x)
+    assert threat.contains(x, x).all() and threat.contains(at_eps, x).all()
+    outside = x + np.float32(1.001) * (at_eps - x)
+    assert not threat.contains(outside, x).any()
+    outside[0] = x[0]
+    np.testing.assert_array_equal(threat.contains(outside, x), [True, False, False])
 
 
 def test_a_threat_model_is_a_value():
