@@ -13,7 +13,8 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from helpers import files, filters, models
+from helpers import files, models
+from helpers.filters import Filter
 
 X = np.random.default_rng(0).uniform(0, 1, (5, 6, 6, 1)).astype("float32")
 NETWORKS = {
@@ -94,9 +95,16 @@ def test_a_float64_copy_computes_the_same_more_exactly(network):
     assert model.dtype == "float32"
 
 
-def test_a_float64_copy_needs_a_keras_network():
+def test_a_float64_copy_is_of_a_network_a_layer_or_what_makes_its_own():
     with pytest.raises(TypeError, match="expected a Keras network"):
         models.as_float64(lambda x: x)
+    assert models.as_float64(Filter("gaussian", 0.5))(X.astype("float64")).dtype == tf.float64
+
+    class Own:
+        def as_float64(self):
+            return "a copy"
+
+    assert models.as_float64(Own()) == "a copy"
 
 
 @networks
@@ -162,11 +170,10 @@ def test_a_random_function_answers_anew(source):
     for model in (noisy_function(source), Voter(source).logits, Voter(source, randomised=True).logits, network):
         answers = [models.predict(model, X, 5) for _ in range(3)]
         assert any(np.abs(answer - answers[0]).max() > 1e-2 for answer in answers), "frozen in a graph"
-        models.check_logits(model, X)
 
 
 @sources
-@pytest.mark.parametrize("door", [models.check_logits, lambda model, x: models.predict(model, x, 5)])
+@pytest.mark.parametrize("door", [models.forward, lambda model, x: models.predict(model, x, 5)])
 def test_a_random_network_has_to_say_so(source, door):
     lying = noisy_function(source)
     lying.randomised = False
@@ -209,19 +216,29 @@ def test_a_graph_of_its_own_is_not_merged_into_its_caller():
 
 @networks
 def test_logits_pass_and_probabilities_do_not(network):
-    model = network()
-    np.testing.assert_allclose(models.check_logits(model, X), models.inference(model)(X), atol=1e-6)
-    with pytest.raises(ValueError, match="drop its softmax"):
-        models.check_logits(keras.Sequential([model, layers.Softmax()]), X)
-    with pytest.raises(ValueError, match="drop its softmax"):  # all but one-hot, as after long training
-        models.check_logits(lambda x: tf.nn.softmax(1000 * model(x, training=False)), X)
+    z = models.predict(network(), X, 5)
+    models.check_logits(z)
+    models.check_logits(z.astype("float64"))
+    for factor in (1, 1000):  # all but one-hot, as after long training
+        with pytest.raises(ValueError, match="drop its softmax"):
+            models.check_logits(np.asarray(tf.nn.softmax(factor * z)))
+    z[3, 1] = np.nan
+    with pytest.raises(ValueError, match="model gives NaN on some images; expected logits"):
+        models.check_logits(z)
 
 
-def test_outputs_of_another_shape_are_refused():
+@pytest.mark.parametrize("z", [X, X[:, 0, 0, 0], np.float32(1)], ids=["images", "numbers", "one number"])
+def test_outputs_of_another_shape_are_refused(z):
     with pytest.raises(ValueError, match=r"expected logits of shape \(n, classes\)"):
-        models.check_logits(lambda x: x, X)
-    with pytest.raises(ValueError, match=r"expected logits of shape \(n, classes\)"):
-        models.check_logits(lambda x: tf.reduce_sum(x, axis=(1, 2, 3)), X)
+        models.check_logits(z)
+
+
+def test_several_outputs_are_given_as_they_come():
+    network = NETWORKS["strided"]()
+    both = keras.Model(network.inputs, {"logits": network.outputs[0], "image": network.inputs[0]})
+    found = models.predict(both, X, 2)
+    np.testing.assert_array_equal(found["image"], X)
+    np.testing.assert_allclose(found["logits"], models.predict(network, X, 5), atol=1e-5)
 
 
 @networks
@@ -268,9 +285,8 @@ OTHERS = {  # pairs of networks with the same kinds of layers and the same weigh
     "connections": [lambda skip=skip: residual(skip) for skip in (True, False)],
     "nested": [lambda name=name: keras.Sequential([layers.Input((6, 6, 1)), convolution(activation=name)])
                for name in ("relu", "tanh")],
-    "filter": [lambda size=size: filters.defend(convolution(), "median", size) for size in (3, 5)],
-    "filter's gradient": [lambda kind=kind: filters.defend(convolution(), "median", 3, kind)
-                          for kind in ("exact", "identity")],
+    "filter": [lambda size=size: keras.Sequential([layers.Input((6, 6, 1)), Filter("median", size), convolution()])
+               for size in (3, 5)],
     "precision": [lambda kind=kind: keras.Sequential([layers.Input((6, 6, 1)), layers.Flatten(),
                                                       layers.Dense(3, "relu", dtype=kind, kernel_initializer="ones")])
                   for kind in ("float32", "mixed_bfloat16")],
@@ -353,8 +369,12 @@ def test_a_network_of_imagenet_brings_its_own_preprocessing(name, module, side):
 
 
 def test_images_of_another_size_are_refused():
-    with pytest.raises(ValueError, match=r"x holds images \(6, 6, 1\); expected \(8, 8, 1\)"):
-        models.check_logits(models.two_conv((8, 8, 1), 3), X)
+    models.check_size(models.two_conv((6, 6, 1), 3), X)
+    models.check_size(keras.Sequential([layers.Input((None, None, 1)), layers.GlobalMaxPooling2D()]), X)
+    with pytest.raises(ValueError, match=r"x holds images \(6, 6, 1\); expected \(8, 8, 1\), the size that .* takes$"):
+        models.check_size(models.two_conv((8, 8, 1), 3), X)
+    with pytest.raises(ValueError, match=r"it has channels first, so put a Permute\(\(3, 1, 2\)\) before it"):
+        models.check_size(keras.Sequential([layers.Input((1, 6, 6)), layers.Flatten()]), X)
 
 
 # ── Networks of keras.applications ──
