@@ -100,7 +100,7 @@ def contenders(model, shape, classes):
 
     def ours(x, y, eps, step_size, steps):
         threat = ThreatModel("linf", eps)
-        return attacks.pgd(model, x, y, threat, steps=steps, step_size=step_size, batch_size=len(x))
+        return attacks.pgd(model, x, y, threat, steps=steps, step_size=step_size, batch_size=len(x)).images
 
     return {"ours": ours, "bare loop": bare_loop(network), **peer_loops(network, shape, classes)}
 
@@ -127,8 +127,8 @@ def measure_curve(model, x, y, attackers, grid, steps, repeats):
     def ours(grid):
         # Each eps starts from the last one's result and once at random, with another loss: two short runs find more
         # than a long one. The accuracies are compared below.
-        return evaluation.security_curve(model, x, y, grid, steps=steps * 3 // 10, restarts=2, batch_size=len(x),
-                                         losses=("cross-entropy", "margin"))
+        return evaluation.survivors(model, grid, x, y, steps=steps * 3 // 10, restarts=2, batch_size=len(x),
+                                    losses=("cross-entropy", "margin"))
 
     curves = {name: partial(plain, attack) for name, attack in attackers.items()} | {"ours": ours}
     first, calls = ({name: partial(curve, part) for name, curve in curves.items()} for part in (grid[:1], grid))
