@@ -114,14 +114,16 @@ class Behind:
         return models.inference(self.before)(x)
 
     def paths(self, seed=0):
-        """The network alone; both; BPDA, the identity or `instead` on the way back; the mean over draws."""
-        ways = {"unaware": Path(as_defence(self.network)), **({"exact": Path(self)} if self.exact else {})}
+        """The network alone; BPDA, the identity or `instead` on the way back; both as they are; the mean over draws."""
+        ways = {"unaware": Path(as_defence(self.network))}
         for name, instead in (("BPDA", tf.identity), ("approximated", self.instead)):
             if instead:
                 build = partial(StraightThrough, self.before, self.network, instead)
                 ways[name] = Path(models.graph_of(self, name, build))
+        if self.exact:
+            ways["exact"] = Path(self)
         if self.randomised:
-            best = list(ways.values())[1].outputs
+            best = list(ways.values())[-1].outputs
             ways["EOT"] = Path(models.graph_of(self, "EOT", lambda: Mean(best)))
         return ways
 

@@ -103,9 +103,9 @@ class Rejection:
         return Outputs(odds, self.threshold - tf.reduce_max(odds, axis=1))
 
     def paths(self, seed=0):
-        """The network alone; the defence itself; the defence with kernels that reach further."""
-        return {"unaware": Way(Network(self.network)), "exact": Way(self, (margin,)),
-                "smoothed": Way(self.smoothed(0.3), (margin,))}
+        """The network alone; the defence with kernels that reach further; the defence itself."""
+        return {"unaware": Way(Network(self.network)), "smoothed": Way(self.smoothed(0.3), (margin,)),
+                "exact": Way(self, (margin,))}
 
     def smoothed(self, width):
         """The same defence with every gamma times `width`, kept with its graphs."""
