@@ -285,7 +285,7 @@ def test_defences_classify_and_refuse(defence):
 
 def test_the_paths_are_the_network_the_defence_and_the_smoothed_one(dnr):
     paths = dnr.paths()
-    assert list(paths) == ["unaware", "exact", "smoothed"] and paths["exact"].outputs is dnr
+    assert list(paths) == ["unaware", "smoothed", "exact"] and paths["exact"].outputs is dnr  # the strongest last
     np.testing.assert_allclose(paths["unaware"].outputs(NEW).logits, dnr.network(NEW, training=False), atol=1e-5)
     assert (paths["unaware"].outputs(NEW).refusal.numpy() == -np.inf).all()
     np.testing.assert_array_equal(paths["smoothed"].outputs(NEW).logits, dnr.smoothed(0.3)(NEW).logits)
