@@ -184,6 +184,8 @@ class OneOf:
 
     def __init__(self, members, seed=0):
         self.members, self.rng = tuple(map(as_defence, members)), np.random.default_rng(seed)
+        if not self.members:
+            raise ValueError("members is empty; expected one defence or more")
 
     def __call__(self, x):
         """Outputs of the member that is drawn for `x` (n, h, w, c)."""
@@ -219,7 +221,9 @@ def answers(defence, x, batch_size=500):
     check_images(x)
     defence = as_defence(defence)
     check_defence(defence, x)
-    return models.predict(defence, x, batch_size)
+    found = models.predict(defence, x, batch_size)
+    check_numbers(found.logits, found.refusal)
+    return found
 
 
 def way(defence, path, seed=0):
@@ -247,15 +251,27 @@ def check_defence(defence, x):
     return check_outputs(defence, x)
 
 
-def check_outputs(outputs, x):
+def check_outputs(outputs, x, name="defence"):
     """Number of classes that `outputs`, a defence or what a path has in its place, gives to the first of `x`."""
-    found = models.forward(outputs, x)(tf.constant(x[:8]))
+    ask = models.forward(outputs, x)
+    try:
+        found = ask(tf.constant(x[:8]))
+    except Exception as error:
+        if models.randomised(outputs):  # no graph: the error is its own
+            raise
+        raise TypeError(f"the {name} answers, but not as a TensorFlow graph ({type(error).__name__}); expected "
+                        "TensorFlow's functions, or tf.numpy_function around others") from error
     if not (hasattr(found, "logits") and hasattr(found, "refusal")):
-        raise TypeError(f"the defence gives {type(found).__name__}; expected helpers.defence.Outputs(logits, refusal)")
+        raise TypeError(f"the {name} gives {type(found).__name__}; expected helpers.defence.Outputs(logits, refusal)")
     logits, refusal = np.asarray(found.logits), np.asarray(found.refusal)
     models.check_logits(logits)
     if refusal.shape != logits.shape[:1]:
         raise ValueError(f"refusal has shape {refusal.shape}; expected {logits.shape[:1]}, one number an image")
-    if np.isnan(refusal).any():
-        raise ValueError("refusal is NaN on some images; expected numbers, above 0 where an image is refused")
+    check_numbers(refusal)
     return logits.shape[1]
+
+
+def check_numbers(*parts):
+    """Raise ValueError where one of `parts` of what a defence answers is NaN, which is neither won nor lost."""
+    if any(np.isnan(part).any() for part in parts):
+        raise ValueError("the defence gives NaN on some images; expected logits, and a refusal above 0 to refuse")

@@ -204,7 +204,7 @@ def forward(model, x):
 
 
 def _check_steady(model, x, calls=3):
-    first, *others = (np.concatenate([np.ravel(part) for part in tf.nest.flatten(inference(model)(x))])
+    first, *others = (np.concatenate([np.ravel(part).astype(float) for part in tf.nest.flatten(inference(model)(x))])
                       for _ in range(calls))
     slack = 1e-3 * np.abs(first[np.isfinite(first)]).max(initial=1.0)  # on a GPU sums may differ from call to call
     if not all(np.allclose(first, other, rtol=0, atol=slack, equal_nan=True) for other in others):
@@ -281,8 +281,8 @@ def check_size(model, x):
 
 def check_logits(logits):
     """Raise ValueError where `logits` are not (n, classes), are NaN, or have rows of a softmax: >= 0, with sum 1."""
-    if logits.ndim != 2:
-        raise ValueError(f"model gives shape {logits.shape}; expected logits of shape (n, classes)")
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(f"model gives shape {logits.shape}; expected logits of shape (n, classes), of 2 or more")
     if np.isnan(logits).any():
         raise ValueError("model gives NaN on some images; expected logits")
     if (logits >= 0).all() and np.allclose(logits.sum(axis=1), 1, atol=1e-3):

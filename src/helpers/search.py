@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from helpers.checks import check_images, check_labels, check_positive
-from helpers.defence import as_defence, check_defence, check_outputs, way
+from helpers.defence import as_defence, check_defence, check_numbers, check_outputs, way
 from helpers.losses import evasion, reached
 from helpers.models import graph_of, predict, randomised
 
@@ -67,6 +67,7 @@ class Aim(NamedTuple):
         """The goal's value of what is deployed at `x`, (n,) float32; of a random defence the median of its draws."""
         draws = [self.goal(single(predict(self.defence, x, self.batch_size)), y).numpy()
                  for _ in range(DRAWS if randomised(self.defence) else 1)]  # fmt: skip
+        check_numbers(draws)
         return np.median(draws, axis=0).astype("float32")
 
     def offer(self, found, images, y, at):
@@ -90,7 +91,7 @@ def opened(defence, x, y, threat, *, path=None, goal=None, target=None, start=No
     check_positive(batch_size=batch_size, **positive)
     defence = as_defence(defence)
     classes, path = check_defence(defence, x), way(defence, path, seed)
-    if path.outputs is not defence and (other := check_outputs(path.outputs, x)) != classes:
+    if path.outputs is not defence and (other := check_outputs(path.outputs, x, "path")) != classes:
         raise ValueError(f"the path gives {other} classes; expected {classes}, those of the defence")
     y = check_labels(y, len(x), classes)
     if target is not None:
