@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from helpers.attacks import pgd
 from helpers.checks import known
-from helpers.defence import way
+from helpers.defence import check_numbers, way
 from helpers.losses import LOSSES, TARGETED, on_outputs
 from helpers.models import inner_graph, predict, randomised, traced
 from helpers.search import Found, advance, check_finite, direction, input_gradient, opened, select, single
@@ -111,6 +111,7 @@ def _climb(aim, loop, x, y, target, first, found, eps, radius, steps):
             last[halved] = top_loss[halved]
             rises[:], since, then = 0, stop, top_loss.copy()
     check_finite(current, gradient)
+    check_numbers(value)
     return top
 
 
