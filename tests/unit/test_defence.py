@@ -292,6 +292,17 @@ def test_bad_answers_are_refused(answer, error, message, randomised):
             door()
 
 
+@pytest.mark.parametrize("attack", ["fgsm", "pgd", "apgd", "square"])
+def test_nan_that_an_attack_runs_into_is_no_success_and_no_failure(attack):
+    @steady
+    def holes(x):
+        moved = tf.reduce_max(tf.abs(x - 0.5), axis=(1, 2, 3)) > 0.21  # the images themselves stay within 0.2
+        return tf.where(moved[:, None], np.nan, linear(bias=-20.0)(x))
+
+    with pytest.raises(ValueError, match="gives NaN on some images"):
+        ATTACKS[attack](holes, X[FEW], np.zeros(6, int), THREAT, seed=0)
+
+
 @bad_answers
 def test_bad_answers_of_a_path_are_refused(answer, error, message):
     if answer is not BAD["NaN late"][0]:  # which no attack meets: what is deployed decides
