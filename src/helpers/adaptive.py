@@ -86,7 +86,7 @@ def strong(
     text of the progress bar; None shows none. `path` changes nothing: this attack chooses its own; it is there so that
     `evaluation.sanity_checks` can call it as it calls others.
     """
-    aim, y, found = opened(defence, x, y, threat, batch_size=batch_size, steps=steps, restarts=restarts)
+    aim, y, found = opened(defence, x, y, threat, goal=margin, batch_size=batch_size, steps=steps, restarts=restarts)
     soft, order = defence.smoothed(width), _wrong_classes(defence.network, x, y)
     path = None if density is None else dense(defence, density, weight)
     losses = (margin,) if path is None else path.losses
@@ -106,11 +106,11 @@ def strong(
         stand = found.value[left] <= 0
         left, start = left[stand], start[stand]
         if steps // 2 and left.size:  # attacked as if it were deployed: what comes out is a start
-            start = attacks.pgd(soft, x[left], y[left], threat, steps=steps // 2, losses=(margin,), start=start,
-                                **options).images
+            start = attacks.pgd(soft, x[left], y[left], threat, steps=steps // 2, losses=(margin,), goal=margin,
+                                start=start, **options).images
         if left.size:
             part = attacks.pgd(defence, x[left], y[left], threat, steps=-(-steps // 2), losses=losses, path=path,
-                               start=start, compact=True, **options)
+                               goal=margin, start=start, compact=True, **options)
             found.offer(part.images, part.value, left)
             found.steps[left] += steps
     return found
