@@ -488,10 +488,11 @@ def test_more_restarts_and_the_smoothed_half_never_lose_an_image(dnr):
     threat = ThreatModel("l2", 0.7)
     gains = [adaptive.strong(dnr, NEW, NEW_Y, threat, X, Y, steps=10, restarts=r) for r in (1, 2, 4)]
     for found in gains:
-        np.testing.assert_allclose(found.value, evasion(answers(dnr, found.images), NEW_Y), rtol=1e-5, atol=1e-5)
+        reached = rejection.margin(answers(dnr, found.images), NEW_Y)
+        np.testing.assert_allclose(found.value, reached, rtol=1e-4, atol=1e-4)
     gains = [found.value for found in gains]
     assert (gains[0] > 0).sum() <= (gains[1] > 0).sum() <= (gains[2] > 0).sum()
-    clean = evasion(answers(dnr, NEW), NEW_Y).numpy()
+    clean = rejection.margin(answers(dnr, NEW), NEW_Y).numpy()
     assert all((gain >= clean - 1e-6).all() for gain in gains) and (gains[2] > clean).any()
 
 
