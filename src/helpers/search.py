@@ -65,6 +65,7 @@ class Aim(NamedTuple):
 
     def values(self, x, y):
         """The goal's value of what is deployed at `x`, (n,) float32; of a random defence the median of its draws."""
+        check_finite(x)
         draws = [self.goal(single(predict(self.defence, x, self.batch_size)), y).numpy()
                  for _ in range(DRAWS if randomised(self.defence) else 1)]  # fmt: skip
         check_numbers(draws)

@@ -301,10 +301,12 @@ def test_a_gradient_that_is_not_finite_is_an_error():
     x = X.copy()
     x[:, 0, 0] = 0.5  # where the derivative of the root is infinite
     cusps = lambda x: tf.reduce_sum(tf.sqrt(tf.abs(x - 0.5)), axis=(1, 2)) * [1.0, -1.0]  # noqa: E731
-    for attack in (lambda: attacks.fgsm(cusps, x, Y % 2, ThreatModel("linf", 0.1)),
-                   lambda: attacks.pgd(cusps, x, Y % 2, ThreatModel("l2", 0.1), steps=3, start=x)):  # fmt: skip
-        with pytest.raises(FloatingPointError, match="gradient is not finite"):
-            attack()
+    for model in (cusps, steady(lambda x: cusps(x))):
+        for attack in (lambda m: attacks.fgsm(m, x, Y % 2, ThreatModel("linf", 0.1)),
+                       lambda m: attacks.pgd(m, x, Y % 2, ThreatModel("l2", 0.1), steps=3, start=x),
+                       lambda m: attacks.ddn(m, x, Y % 2, FREE, steps=3)):  # fmt: skip
+            with pytest.raises(FloatingPointError, match="gradient is not finite"):
+                attack(model)
 
 
 def test_l2_steps_keep_their_length_on_a_confident_network():
