@@ -112,7 +112,7 @@ class RefusesAll:
 def test_a_defence_that_refuses_everything_is_not_sound(quick, network, dataset):
     entry = arena.examine(RefusesAll(network), dataset, THREAT, images=10)
     assert entry.report.left == 1
-    assert {"clean images refused", "clean images right"} <= raised(entry)
+    assert "clean images refused" in raised(entry)
 
 
 def test_a_masked_network_is_found_out_and_the_page_says_what_to_try(quick, network, dataset, tmp_path):
