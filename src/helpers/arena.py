@@ -151,7 +151,9 @@ def examine(defence, dataset, threat, *, name="defence", images=200, seed=0, lab
     grid = [0.0, *(factor * threat.eps for factor in (0.25, 0.5, 0.75, 1.0))]
     some = slice(0, min(len(x), 100))
     curve = evaluation.survivors(defence, grid, x[some], y[some], norm=threat.norm, seed=seed, steps=20, restarts=2,
+                                 losses=("margin", "cross-entropy"),
                                  path=list(defence.paths(seed).values())[-1])  # fmt: skip
+    curve[-1] &= report.outcomes[some] != 2  # at eps the whole set has been tried
     return Entry(name, dataset, threat, report, grid, curve)
 
 
@@ -178,13 +180,13 @@ def _pictures(entry):
     won = np.flatnonzero((entry.report.clean == 0) & (entry.report.outcomes == 2))[:8]
     if won.size:
         x, names = entry.dataset.x_test, entry.dataset.class_names
-        grid = figures.digit_grid([*x[won], *found.images[won]], [names[k] for k in entry.dataset.y_test[won]],
-                                  columns=len(won), size=1.2)  # fmt: skip
+        titles = [*(names[k] for k in entry.dataset.y_test[won]), *[""] * len(won)]
+        grid = figures.digit_grid([*x[won], *found.images[won]], titles, columns=len(won), size=1.2)
         pictures.append((figures.png(grid), f"{len(won)} test images, and below them the images that evade the defence",
                          "Images that are right (top), and the worst that the attacks made of them (bottom)."))
     left = entry.curve.mean(axis=1)
     curve = figures.security_curve(entry.grid, {"PGD": left[None]}, ylabel="right or refused")
     pictures.append((figures.png(curve), f"From {left[0]:.0%} without an attack to {left[-1]:.0%} at ε = "
-                     f"{entry.threat.eps:g} under PGD", "What is left under PGD on the last path, by ε; one seed, "
-                     f"{entry.curve.shape[1]} images. The table's attacks go further."))
+                     f"{entry.threat.eps:g}", "What is left by ε under PGD on the last path, and at the largest ε "
+                     f"under all attacks of the table; one seed, {entry.curve.shape[1]} images."))
     return pictures
