@@ -36,6 +36,7 @@ MEANING = {  # start of a flag's name: what it means where it is raised, and wha
         "image mislead. The number to quote is the worst case of both.",
     "PGD less a gradient-free": "Random search does more than the gradient: the gradient is masked. Add a path without "
         "what masks it (BPDA).",
+    "the whole set less PGD": "Plain PGD wins more often than the set of attacks that was used: the set is too weak.",
     "white box less transfer": "Images made against another network do more than its own gradient, which is masked.",
     "images with a gradient": "The loss has no gradient on many images: a step without derivative, or a softmax that "
         "saturates. Add a path that replaces it (BPDA).",

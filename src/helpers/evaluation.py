@@ -145,11 +145,13 @@ def gradient_flags(defence, x, y, path=None):
     return rows
 
 
-def sanity_checks(defence, x, y, threat, *, attack=PGD, path=None, surrogate=None, steps=40, queries=300, seed=0):
+def sanity_checks(defence, x, y, threat, *, attack=PGD, path=None, surrogate=None, beaten=None, steps=40, queries=300,
+                  seed=0):  # fmt: skip
     """Flags that a sound attack on a sound defence passes; a table with the columns of `helpers.flags.flag`.
 
     Rates are compared image by image. `attack` is called as `attacks.pgd` is, with `steps`; `surrogate` is another
-    network, from which adversarial images are transferred.
+    network, from which adversarial images are transferred; `beaten` says which images a whole set of attacks has
+    beaten, (n,) bool.
     Raises AssertionError where the attack breaks its own rules: it leaves the ball, or moves at eps = 0.
     """
     defence = as_defence(defence)
@@ -160,7 +162,7 @@ def sanity_checks(defence, x, y, threat, *, attack=PGD, path=None, surrogate=Non
         found = attack(defence, x, y, replace(threat, eps=eps), **options)
         return found.images, found.value > 0
 
-    def beaten(images):
+    def evaded(images):
         return outcomes(defence, images, y) == 2
 
     images, strong = run()
@@ -172,8 +174,8 @@ def sanity_checks(defence, x, y, threat, *, attack=PGD, path=None, surrogate=Non
         flags.share("success at the largest eps", run(eps=far, steps=4 * steps)[1], 0.99),  # the way there is long
         flags.difference("PGD less a single step", strong, attacks.fgsm(defence, x, y, threat, path=path).value > 0),
         flags.difference("twice the steps: gain of success", run(steps=2 * steps)[1], strong, 0.01, "<="),
-        flags.difference("PGD less random noise", strong, beaten(threat.noise(x, (seed, 10**6)))),
-        flags.difference("PGD less no attack", strong, beaten(x)),
+        flags.difference("PGD less random noise", strong, evaded(threat.noise(x, (seed, 10**6)))),
+        flags.difference("PGD less no attack", strong, evaded(x)),
         flags.difference("PGD less the smallest change", strong,
                          standard.fab(defence, x, y, threat, path=path, steps=steps, targets=3, seed=seed).value > 0),
         flags.difference("PGD less a gradient-free attack", strong,
@@ -183,6 +185,8 @@ def sanity_checks(defence, x, y, threat, *, attack=PGD, path=None, surrogate=Non
         again = [answers(defence, x).logits for _ in range(2)]
         same = np.isclose(*again, rtol=1e-3, atol=1e-3).all(axis=1)
         rows.insert(0, flags.share("images with the same answer twice", same, 1.0))
+    if beaten is not None:
+        rows.append(flags.difference("the whole set less PGD", beaten, strong))
     if surrogate is not None:
         moved = attacks.pgd(defence, x, y, threat, path=surrogate, steps=steps, losses=("margin",), seed=seed)
         rows.append(flags.difference("white box less transfer", strong, moved.value > 0))
@@ -228,7 +232,8 @@ def evaluate(defence, x, y, threat, *, attacks=None, paths=None, surrogate=None,
     won = np.where(found.value > 0, 2, np.where(outcomes(defence, found.images, y) == 1, 1, 0))
     named = defence.paths(seed)
     last = named[list(named)[-1] if paths is None else paths[-1]]  # the strongest path comes last
-    rows = [sanity_checks(defence, x, y, threat, path=last, steps=steps, queries=queries, **options)]
+    rows = [sanity_checks(defence, x, y, threat, path=last, beaten=found.value > 0, steps=steps, queries=queries,
+                          **options)]  # fmt: skip
     if examined and not randomised(last.outputs):
         attack, few = partial(standard.apgd, steps=steps), x[:examined]
         rows += [pd.DataFrame(soundness.binarization(defence, attack, few, threat, path=last, seed=seed)),
