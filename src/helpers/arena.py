@@ -168,8 +168,9 @@ def write(entry, folder):
     paths = [Path(folder) / f"{entry.name}.{kind}" for kind in ("json", "html")]
     template = jinja2.Template(Path(__file__).with_name("arena.html.jinja").read_text("utf-8"), autoescape=True)
     rows = entry.report.flags.assign(advice=[advice(check) for check in entry.report.flags["check"]])
-    page = template.render(entry=entry.summary(), flags=rows.to_dict("records"), pictures=_pictures(entry))
-    for path, text in zip(paths, (json.dumps(entry.summary(), indent=1, ensure_ascii=False), page), strict=True):
+    summary = entry.summary()
+    page = template.render(entry=summary, flags=rows.to_dict("records"), pictures=_pictures(entry))
+    for path, text in zip(paths, (json.dumps(summary, indent=1, ensure_ascii=False), page), strict=True):
         with files.atomic(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return paths

@@ -92,6 +92,11 @@ def _check_losses(losses):
         raise ValueError(f"losses is {losses!r}; expected a tuple of functions or of {tuple(LOSSES)}")
 
 
+def _check_l2(threat):
+    if threat.norm != "l2":
+        raise ValueError(f"threat has the norm {threat.norm!r}; expected 'l2'")
+
+
 def pgd(defence, x, y, threat, *, steps=40, step_size=None, restarts=1, losses=None, path=None, goal=None, target=None,
         start=None, compact=False, batch_size=500, seed=0):  # fmt: skip
     """Projected gradient descent with random starts (Madry et al. 2018); the best iterate of all restarts is kept.
@@ -164,8 +169,7 @@ def normalised(defence, x, y, threat, *, target, step_size=0.1, steps=1000, loss
     aim, y, found = opened(defence, x, y, threat, path=path, goal=goal, target=target, batch_size=batch_size,
                            steps=steps, step_size=step_size)  # fmt: skip
     _check_losses([loss])
-    if threat.norm != "l2":
-        raise ValueError(f"threat has the norm {threat.norm!r}; expected 'l2'")
+    _check_l2(threat)
     loop, none = _loop(aim, x, threat, loss), np.zeros(len(x), "float32")
     found.value[:] = aim.values(x, y)
     found.steps[:] = np.where(found.value > 0, 0, steps + 1)
@@ -190,8 +194,7 @@ def ddn(defence, x, y, threat, *, steps=100, radius=1.0, gamma=0.05, target=None
     """
     aim, y, found = opened(defence, x, y, threat, path=path, target=target, batch_size=batch_size, steps=steps,
                            radius=radius)  # fmt: skip
-    if threat.norm != "l2":
-        raise ValueError(f"threat has the norm {threat.norm!r}; expected 'l2'")
+    _check_l2(threat)
     if not 0 < gamma < 1:
         raise ValueError(f"gamma is {gamma}; expected a number above 0 and below 1")
     found.value[:] = aim.values(x, y)
@@ -233,8 +236,7 @@ def lbfgs(defence, x, y, threat, *, target, searches=8, max_iterations=50, weigh
     """
     aim, y, found = opened(defence, x, y, threat, path=path, target=target, searches=searches,
                            max_iterations=max_iterations)  # fmt: skip
-    if threat.norm != "l2":
-        raise ValueError(f"threat has the norm {threat.norm!r}; expected 'l2'")
+    _check_l2(threat)
     if not 0 < weights[0] < weights[1] < np.inf:
         raise ValueError(f"weights are {weights}; expected 0 < low < high")
     found.value[:], options = aim.values(x, y), {"maxiter": max_iterations, "ftol": 1e-6}

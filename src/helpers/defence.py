@@ -86,7 +86,24 @@ class Network:
 
 
 @dataclass(frozen=True, eq=False)
-class Behind:
+class _Changed:
+    """A network that sees what `shown` makes of each image."""
+
+    before: Callable
+    network: Callable
+
+    @property
+    def randomised(self):
+        """Whether one of the two may be."""
+        return models.randomised(self.before) or models.randomised(self.network)
+
+    def __call__(self, x):
+        """Outputs for the images `x` (n, h, w, c) as they are shown to the network."""
+        return as_defence(self.network)(self.shown(x))
+
+
+@dataclass(frozen=True, eq=False)
+class Behind(_Changed):
     """A network behind what changes every image first: a filter, or a purifier.
 
     before : Keras network, layer or function from images (n, h, w, c) to images of that shape.
@@ -95,19 +112,8 @@ class Behind:
     instead : differentiable function like `before`, whose gradient an attacker may take for it; None: there is none.
     """
 
-    before: Callable
-    network: Callable
     exact: bool = True
     instead: Callable | None = None
-
-    @property
-    def randomised(self):
-        """Whether one of the two may be."""
-        return models.randomised(self.before) or models.randomised(self.network)
-
-    def __call__(self, x):
-        """Outputs for the images as `before` gives them."""
-        return as_defence(self.network)(self.shown(x))
 
     def shown(self, x):
         """What the network sees of `x`."""
@@ -133,21 +139,10 @@ class Behind:
 
 
 @dataclass(frozen=True, eq=False)
-class StraightThrough:
+class StraightThrough(_Changed):
     """BPDA (Athalye et al. 2018): `before` in the forward pass, `instead`, the identity or near it, in the backward."""
 
-    before: Callable
-    network: Callable
     instead: Callable = tf.identity
-
-    @property
-    def randomised(self):
-        """Whether one of the two may be."""
-        return models.randomised(self.before) or models.randomised(self.network)
-
-    def __call__(self, x):
-        """Outputs for `x` (n, h, w, c) as deployed, with the gradient of the network at the changed images."""
-        return as_defence(self.network)(self.shown(x))
 
     def shown(self, x):
         """What the network sees of `x`, with the gradient of `instead`."""
