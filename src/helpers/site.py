@@ -54,8 +54,27 @@ def publish(book: Book, chapter: str) -> None:
 
 def _explained(book, chapter):
     """The sentences of book/flags.yml, by the names of the chapter's flags."""
-    path = book.root / "book/flags.yml"
-    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get(chapter, {}) if path.exists() else {}
+    return _listed(book, "flags").get(chapter, {})
+
+
+def _listed(book, name):
+    """What book/<name>.yml lists by chapter; nothing, where there is no such file."""
+    path = book.root / f"book/{name}.yml"
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
+
+
+def errata(book: Book, chapter: str) -> list[str]:
+    """What is known to be wrong in the committed run of a chapter, sentences of book/errata.yml.
+
+    Raises BookError where they speak of another run than the committed one: a new run has to be read afresh.
+    """
+    if not (found := _listed(book, "errata").get(chapter)):
+        return []
+    ran = Record.load(book.committed(chapter)[1]).provenance.commit
+    if not ran.startswith(found["run"]):
+        raise BookError(f"book/errata.yml: {chapter}'s sentences are about the run of commit {found['run']}; the one "
+                        f"that is kept is of {ran[:10]}: delete what it has mended, and name it there")
+    return found["wrong"]
 
 
 def _page(book, chapter, executed):
@@ -186,8 +205,9 @@ def stage(book: Book) -> None:
     data = {"ledger": frame.to_dict("records"), "counts": _at_a_glance(frame, stage), "shown": shown,
             "changed": {chapter: book.changed(*book.shown(chapter)) for chapter in shown if shown[chapter]},
             "stale": [chapter for chapter in _kept(book) if book.changed(*book.committed(chapter))],
-            "kept": _kept(book), "left": what_is_left(book), "runs": status(book), "failures": failures(book),
-            "has_address": is_set(book.root)}
+            "kept": _kept(book), "left": what_is_left(book),
+            "errata": {chapter: errata(book, chapter) for chapter in shown},
+            "runs": status(book), "failures": failures(book), "has_address": is_set(book.root)}
     _left_standing(data["left"], stage)
     for name in ("index.md", "ledger.md", "status.md"):
         text = pages.get_template(f"{name}.jinja").render(data)
@@ -221,15 +241,19 @@ def _stage_chapter(book, chapter, stage, pages):
     changed = book.changed(*found) if found else []
     facts = {"chapter": chapter, "title": title, "record": record, "times": times, "changed": changed,
              "explained": _explained(book, chapter)}
-    card = _banners(book, chapter, changed) + pages.get_template("card.md.jinja").render(facts)
+    wrong = errata(book, chapter) if found and found == book.committed(chapter) else []
+    card = _banners(book, chapter, changed, wrong) + pages.get_template("card.md.jinja").render(facts)
     page.cells.insert(1, nbformat.v4.new_markdown_cell(card, id="card"))
     nbformat.write(_with_figures(page, stage / "notebooks", chapter), stage / f"notebooks/{chapter}.ipynb")
     return record
 
 
-def _banners(book, chapter, changed):
-    """Admonitions above the card: what has changed since the run that the page shows, and runs that failed here."""
+def _banners(book, chapter, changed, wrong):
+    """Admonitions above the card: what has changed since the run that is shown, what is `wrong` in it, failed runs."""
     text = f":::{{warning}}\n{' '.join(changed)}\n:::\n\n" if changed else ""
+    if wrong:
+        listed = "\n".join(f"- {sentence.strip()}" for sentence in wrong)
+        text += f":::{{admonition}} Errata of this run: do not quote these\n:class: danger\n{listed}\n:::\n\n"
     for failure in (failure for failure in failures(book) if failure.chapter == chapter):
         said = _without_places(book, f"{failure.cell}: {failure.error}")[:MAX_CHARACTERS]
         said = re.sub(r"\x1b\[[\d;]*m|[\x00-\x08\x0b-\x1f]", "", said)  # colours of a terminal

@@ -18,7 +18,7 @@ from helpers import flags
 from helpers.book import Book, BookError
 from helpers.execution import execute
 from helpers.records import Record, claims
-from helpers.site import MAX_BYTES, build, ledger, publish, stage, what_is_left
+from helpers.site import MAX_BYTES, build, errata, ledger, publish, stage, what_is_left
 
 
 def page(book, chapter="02_tiny"):
@@ -155,6 +155,25 @@ def test_a_raised_flag_that_no_sentence_explains_is_not_published(tiny):
     (book.root / "book/flags.yml").write_text("02_tiny:\n  'network: accuracy': Its last layer was cut off.\n")
     publish(book, "02_tiny")
     assert all(kept.exists() for kept in book.committed("02_tiny"))
+
+
+def test_errata_are_about_one_run_and_stand_above_its_card(tiny):
+    book = tiny(RECORD)
+    record, path = commit(book), book.root / "book/errata.yml"
+    assert errata(book, "02_tiny") == [] and "Errata" not in page(book).cells[1].source
+    for run in (record.provenance.commit[:10], "0123456789"):
+        path.write_text(f"02_tiny:\n  run: '{run}'\n  wrong: [It was *measured* twice., At `n = 0`.]\n")
+        if record.provenance.commit.startswith(run):
+            assert page(book).cells[1].source.startswith(
+                ":::{admonition} Errata of this run: do not quote these\n:class: danger\n- It was *measured* "
+                "twice.\n- At `n = 0`.\n:::\n")
+            assert "**2 errata**, at the top of the chapter" in (book.output / "stage/book/ledger.md").read_text()
+            build(book)
+            execute(book, book.chapters())
+            assert "Errata" not in page(Book(book.root, book.output, show="run")).cells[1].source
+        else:
+            with pytest.raises(BookError, match="errata.yml: 02_tiny.*of commit 0123456789"):
+                stage(book)
 
 
 def test_injected_cells_logs_and_paths_of_the_machine_are_not_shown(tiny):
