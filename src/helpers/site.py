@@ -72,8 +72,8 @@ def errata(book: Book, chapter: str) -> list[str]:
         return []
     ran = Record.load(book.committed(chapter)[1]).provenance.commit
     if not ran.startswith(found["run"]):
-        raise BookError(f"book/errata.yml: {chapter}'s sentences are about the run of commit {found['run']}; the one that "
-                        f"is kept is of {ran[:10]}: delete what it has mended, and name it there")
+        raise BookError(f"book/errata.yml: {chapter}'s sentences are about the run of commit {found['run']}; the one "
+                        f"that is kept is of {ran[:10]}: delete what it has mended, and name it there")
     return found["wrong"]
 
 
