@@ -76,7 +76,7 @@ def dense(defence, density, weight):
 def strong(
     defence, x, y, threat, x_train, y_train, *, steps=200, restarts=4, width=0.3, density=None, weight=0.0,
     batch_size=500, seed=0, label=None, path=None,
-):  # fmt: skip
+):
     """PGD on the reject-aware margin, from starts that already resemble another class; the best iterate is kept.
 
     Every restart takes `steps` normalised steps: half of them on the defence with every gamma times `width`, whose
@@ -154,7 +154,7 @@ def _hinge_step(defence, shape, norm, bounds):
 
 def algorithm_1(
     defence, x, y, threat, *, step_size, steps=100, tolerance=0.01, batch_size=500, seed=0, label=None
-):  # fmt: skip
+):
     """The paper's attack: gradient descent on the hinge loss of the runner-up class, from a random start in the ball.
 
     The label vector has +1 at the runner-up (the best wrong class of the clean image) and -1 elsewhere; the loss is
@@ -162,7 +162,7 @@ def algorithm_1(
     `tolerance` (the paper's t), or after `steps`; its last iterate is reported. `label`: text of the progress bar.
     """
     aim, y, found = opened(defence, x, y, threat, batch_size=batch_size, step_size=step_size, steps=steps,
-                           tolerance=tolerance)  # fmt: skip
+                           tolerance=tolerance)
     order = _wrong_classes(defence, x, y)
     signs = 2.0 * (np.arange(order.shape[1]) == order[:, :1]) - 1
     settings = x.shape[1:], threat.norm, threat.bounds

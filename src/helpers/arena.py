@@ -51,7 +51,7 @@ MEANING = {  # start of a flag's name: what it means where it is raised, and wha
     "indicator: incomplete": "The attack was still gaining when it stopped: more steps.",
     "indicator: transfer failure": "The attack wins on its path and not on what is deployed: a path nearer to it.",
     "indicator: unconstrained": "With every valid image allowed the attack still fails.",
-}  # fmt: skip
+}
 
 
 class ArenaError(Exception):
@@ -122,7 +122,7 @@ class Entry:
             "clean": evaluation.rates(found.clean), "attacked": evaluation.rates(found.outcomes),
             "attacks": found.attacks.to_dict("records"), "flags": found.flags.to_dict("records"),
             "curve": {"eps": list(self.grid), "left": self.curve.mean(axis=1).tolist()},
-        }  # fmt: skip
+        }
 
 
 def examine(defence, dataset, threat, *, name="defence", images=200, seed=0, label=None):
@@ -142,7 +142,7 @@ def examine(defence, dataset, threat, *, name="defence", images=200, seed=0, lab
                          f"{dataset.name}")
     found = evaluation.evaluate(defence, x, y, threat, label=label, seed=seed)
     extra = [flags.share("clean images refused", found.clean == 1, 0.5, "<="),
-             flags.share("clean images right", found.clean == 0, 1.5 / classes)]  # fmt: skip
+             flags.share("clean images right", found.clean == 0, 1.5 / classes)]
     if not randomised(defence):
         after = answers(defence, x)
         same = np.isclose(before.logits, after.logits, rtol=1e-3, atol=1e-3).all(axis=1)
@@ -153,7 +153,7 @@ def examine(defence, dataset, threat, *, name="defence", images=200, seed=0, lab
     some = slice(0, min(len(x), 100))
     curve = evaluation.survivors(defence, grid, x[some], y[some], norm=threat.norm, seed=seed, steps=20, restarts=2,
                                  losses=("margin", "cross-entropy"),
-                                 path=list(defence.paths(seed).values())[-1])  # fmt: skip
+                                 path=list(defence.paths(seed).values())[-1])
     curve[-1] &= report.outcomes[some] != 2  # at eps the whole set has been tried
     return Entry(name, dataset, threat, report, grid, curve)
 

@@ -24,7 +24,7 @@ def _compile_loop(outputs, shape, norm, bounds, loss, descend, goal):
     With a `goal` the best of the images at which a gradient was taken is kept, which costs no further pass.
     """
     images, label, value = (tf.TensorSpec((None, *rest), kind) for rest, kind in (
-        (shape, tf.float32), ((), tf.int64), ((), tf.float32)))  # fmt: skip
+        (shape, tf.float32), ((), tf.int64), ((), tf.float32)))
     number, count = tf.TensorSpec((), tf.float32), tf.TensorSpec((), tf.int32)
     radius = tf.TensorSpec((None, 1, 1, 1), tf.float32)  # one for all images, or one for each
     sign = -1.0 if descend else 1.0
@@ -76,13 +76,13 @@ def fgsm(defence, x, y, threat, *, loss="cross-entropy", target=None, path=None,
 
 
 def bim(defence, x, y, threat, *, steps=10, step_size=None, loss="cross-entropy", target=None, path=None,
-        batch_size=500):  # fmt: skip
+        batch_size=500):
     """Basic iterative method, I-FGSM: `steps` steps from x in the ball (Kurakin et al. 2017; paper 02, Eqn. 2).
 
     `step_size` defaults to eps / steps. Reports the last iterate, as published.
     """
     aim, y, _ = opened(defence, x, y, threat, path=path, target=target, batch_size=batch_size, steps=steps,
-                       step_size=step_size)  # fmt: skip
+                       step_size=step_size)
     _check_losses([loss])
     return _last(aim, x, y, threat, loss, steps, step_size or threat.radius(x.shape[1:]) / steps)
 
@@ -98,7 +98,7 @@ def _check_l2(threat):
 
 
 def pgd(defence, x, y, threat, *, steps=40, step_size=None, restarts=1, losses=None, path=None, goal=None, target=None,
-        start=None, compact=False, batch_size=500, seed=0):  # fmt: skip
+        start=None, compact=False, batch_size=500, seed=0):
     """Projected gradient descent with random starts (Madry et al. 2018); the best iterate of all restarts is kept.
 
     A run's last iterate, at which no gradient is taken, is looked at where none before it has won. Where the path is
@@ -114,7 +114,7 @@ def pgd(defence, x, y, threat, *, steps=40, step_size=None, restarts=1, losses=N
     compact : let images already beaten leave the batch: the same images are beaten, sooner, and not driven further.
     """
     aim, y, found = opened(defence, x, y, threat, path=path, goal=goal, target=target, start=start, seed=seed,
-                           batch_size=batch_size, restarts=restarts, steps=steps, step_size=step_size)  # fmt: skip
+                           batch_size=batch_size, restarts=restarts, steps=steps, step_size=step_size)
     losses, every = losses if losses is not None else aim.path.losses or ("cross-entropy",), np.arange(len(x))
     _check_losses(losses)
     step_size = step_size or 2.5 * threat.radius(x.shape[1:]) / steps
@@ -142,7 +142,7 @@ def _ascend(aim, x, y, threat, loss, first, rows, found, steps, step_size, compa
     active, chunk = rows, 5 if compact or not aim.direct else steps
     for done in range(0, steps, chunk):
         advance(lambda *rest: loop(*rest[:5], _radius(eps), *rest[5:]), active, aim.batch_size,
-                (current, best, score), (x, y), step_size, min(chunk, steps - done))  # fmt: skip
+                (current, best, score), (x, y), step_size, min(chunk, steps - done))
         found.steps[active] += min(chunk, steps - done)
         if not aim.direct:
             aim.offer(found, current[active], y, active)
@@ -159,7 +159,7 @@ def _ascend(aim, x, y, threat, loss, first, rows, found, steps, step_size, compa
 
 
 def normalised(defence, x, y, threat, *, target, step_size=0.1, steps=1000, loss="cross-entropy", path=None, goal=None,
-               batch_size=100):  # fmt: skip
+               batch_size=100):
     """Targeted descent in steps of one l2 length, until the defence says `target` (paper 03, Section 2.1).
 
     The paper does not limit the change: its threat is l2 with eps = inf. `loss` is one of `LOSSES` or a function to
@@ -167,7 +167,7 @@ def normalised(defence, x, y, threat, *, target, step_size=0.1, steps=1000, loss
     an image stops where the `goal` is reached, and has taken `steps` + 1 where it never is.
     """
     aim, y, found = opened(defence, x, y, threat, path=path, goal=goal, target=target, batch_size=batch_size,
-                           steps=steps, step_size=step_size)  # fmt: skip
+                           steps=steps, step_size=step_size)
     _check_losses([loss])
     _check_l2(threat)
     loop, none = _loop(aim, x, threat, loss), np.zeros(len(x), "float32")
@@ -193,7 +193,7 @@ def ddn(defence, x, y, threat, *, steps=100, radius=1.0, gamma=0.05, target=None
     valid images; those that are never beaten come back unchanged.
     """
     aim, y, found = opened(defence, x, y, threat, path=path, target=target, batch_size=batch_size, steps=steps,
-                           radius=radius)  # fmt: skip
+                           radius=radius)
     _check_l2(threat)
     if not 0 < gamma < 1:
         raise ValueError(f"gamma is {gamma}; expected a number above 0 and below 1")
@@ -235,7 +235,7 @@ def lbfgs(defence, x, y, threat, *, target, searches=8, max_iterations=50, weigh
     unchanged.
     """
     aim, y, found = opened(defence, x, y, threat, path=path, target=target, searches=searches,
-                           max_iterations=max_iterations)  # fmt: skip
+                           max_iterations=max_iterations)
     _check_l2(threat)
     if not 0 < weights[0] < weights[1] < np.inf:
         raise ValueError(f"weights are {weights}; expected 0 < low < high")
@@ -247,7 +247,7 @@ def lbfgs(defence, x, y, threat, *, target, searches=8, max_iterations=50, weigh
             weight = np.exp((low + high) / 2)
             result = scipy.optimize.minimize(
                 objective, original.ravel().astype("float64"), (original, y[i : i + 1], weight), jac=True,
-                method="L-BFGS-B", bounds=[threat.bounds] * original.size, options=options)  # fmt: skip
+                method="L-BFGS-B", bounds=[threat.bounds] * original.size, options=options)
             image = result.x.reshape(original.shape).astype("float32")
             value, change = aim.values(image, y[i : i + 1])[0], threat.distance(image, original)[0]
             low, high = (np.log(weight), high) if value > 0 else (low, np.log(weight))

@@ -86,7 +86,7 @@ def difference_interval(a, b, confidence=0.95, seed=0):
         raise ValueError(f"a and b have shapes {np.shape(a)} and {np.shape(b)}; expected the same images, (n,) each")
     delta = np.asarray(a, float) - np.asarray(b, float)
     interval = scipy.stats.bootstrap((delta,), np.mean, n_resamples=2000, confidence_level=confidence, batch=100,
-                                     method="percentile", rng=seed).confidence_interval  # fmt: skip
+                                     method="percentile", rng=seed).confidence_interval
     return float(delta.mean()), float(interval.low), float(interval.high)
 
 
@@ -146,7 +146,7 @@ def gradient_flags(defence, x, y, path=None):
 
 
 def sanity_checks(defence, x, y, threat, *, attack=PGD, path=None, surrogate=None, beaten=None, steps=40, queries=300,
-                  seed=0):  # fmt: skip
+                  seed=0):
     """Flags that a sound attack on a sound defence passes; a table with the columns of `helpers.flags.flag`.
 
     Rates are compared image by image. `attack` is called as `attacks.pgd` is, with `steps`; `surrogate` is another
@@ -219,7 +219,7 @@ class Report:
 
 
 def evaluate(defence, x, y, threat, *, attacks=None, paths=None, surrogate=None, steps=40, queries=300, examined=16,
-             seed=0, label=None):  # fmt: skip
+             seed=0, label=None):
     """Attack with the standard set on every path, and ask whether the attack could have found something.
 
     attacks, paths, surrogate : as `standard.standard` takes them. steps, queries : of the sanity checks. examined :
@@ -233,7 +233,7 @@ def evaluate(defence, x, y, threat, *, attacks=None, paths=None, surrogate=None,
     named = defence.paths(seed)
     last = named[list(named)[-1] if paths is None else paths[-1]]  # the strongest path comes last
     rows = [sanity_checks(defence, x, y, threat, path=last, beaten=found.value > 0, steps=steps, queries=queries,
-                          **options)]  # fmt: skip
+                          **options)]
     if examined and not randomised(last.outputs):
         attack, few = partial(standard.apgd, steps=steps), x[:examined]
         rows += [pd.DataFrame(soundness.binarization(defence, attack, few, threat, path=last, seed=seed)),

@@ -25,7 +25,7 @@ PURIFICATION = {"bare": INK, "purified": "#0072b2", "adversarial training": "#00
 # Distinct within each group for colour-blind eyes; dashes and markers help.
 COLOURS = DEFENCES | ATTACKS | REJECTION | FILTERS | KNOWLEDGE | PURIFICATION
 VERDICTS = {"reproduced": ("#7cc4e8", ""), "undecided": ("#c9e3c1", "--"), "direction": ("#f2d98d", "//"),
-            "not-reproduced": ("#ee9a6f", "xx"), "not-testable": ("#d9d9d9", "..")}  # fmt: skip
+            "not-reproduced": ("#ee9a6f", "xx"), "not-testable": ("#d9d9d9", "..")}
 
 
 def use_style():
@@ -68,7 +68,7 @@ def learning_curves(histories):
     for ax, panel, ylabel in zip(axes, ("accuracy", "loss"), ("accuracy", "loss (nats)"), strict=True):
         ax.set(xlabel="epoch", ylabel=ylabel)
         _bands(ax, {f"{network}, {metric.replace('_', ' ')}": values for network, metrics in histories.items()
-                    for metric, values in metrics.items() if panel in metric}, columns=1)  # fmt: skip
+                    for metric, values in metrics.items() if panel in metric}, columns=1)
     return axes[0].figure
 
 
@@ -134,7 +134,7 @@ def left_standing(shares):
     """What two attackers leave of each defence; `shares`: label -> (weak, informed), each a list of one rate a seed."""
     ax = _axes(1, 1, 7.4, 1.4 + 0.62 * len(shares))[0, 0]
     looks = {"the paper's own attack, or one that ignores the defence": ("o", "none", KNOWLEDGE["unaware"]),
-             "an attacker who knows the defence": ("D", "full", KNOWLEDGE["informed"])}  # fmt: skip
+             "an attacker who knows the defence": ("D", "full", KNOWLEDGE["informed"])}
     marks = {}
     for row, ends in enumerate(shares.values()):
         if not all(ends):
@@ -145,7 +145,7 @@ def left_standing(shares):
             mean = np.mean(values)
             reach = [[mean - min(values)], [max(values) - mean]]
             marks[label] = ax.errorbar(mean, row, xerr=reach, marker=marker, fillstyle=fill, color=colour, capsize=3,
-                                       linestyle="")  # fmt: skip
+                                       linestyle="")
             ax.annotate(f"{mean:.0%}", (mean, row), (0, 7), textcoords="offset points", ha="center", fontsize="small")
     ax.set(yticks=range(len(shares)), yticklabels=list(shares), ylim=(len(shares) - 0.5, -0.7), xlim=(-0.04, 1.04),
            xlabel="images that withstand the attack (mean and range of seeds)")
@@ -184,7 +184,7 @@ def _bands(ax, series, x=None, markers=" ", columns=2):
             raise ValueError(f"{label}: got shape {np.shape(values)}; expected (n_seeds, n_points)")
         at, colour = np.arange(1, np.shape(values)[1] + 1) if x is None else x, colours[label.split(",")[0]]
         ax.plot(at, np.mean(values, axis=0), ("-", "--", "-.", ":")[i % 4], color=colour, label=label,
-                marker=markers[i % len(markers)])  # fmt: skip
+                marker=markers[i % len(markers)])
         ax.fill_between(at, np.min(values, axis=0), np.max(values, axis=0), color=colour, alpha=0.2, linewidth=0)
     title = f"mean and range of {len(values)} seeds" if len(values) > 1 else "one seed"
     ax.legend(title=title, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.5)

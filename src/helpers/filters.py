@@ -146,7 +146,7 @@ def _checked(kind, value):
     whole = kind == "gaussian" or float(value).is_integer()
     if not (whole and lowest <= value <= highest and np.isfinite(value)) or (kind == "median" and value % 2 == 0):
         expected = {"gaussian": "a finite standard deviation >= 0, in pixels", "median": "an odd window size >= 1",
-                    "jpeg": "a quality from 1 to 100", "bits": "a depth from 1 to 8"}[kind]  # fmt: skip
+                    "jpeg": "a quality from 1 to 100", "bits": "a depth from 1 to 8"}[kind]
         raise ValueError(f"value is {value} for the filter {kind!r}; expected {expected}")
     return float(value) if kind == "gaussian" else int(value)
 

@@ -20,7 +20,7 @@ tf.get_logger().setLevel("ERROR")  # every network has graphs of its own, which 
 
 
 def two_conv(input_shape=(28, 28, 1), classes=10, *, strided=True, batch_norm=True, dropout=0.5, conv_dropout=0.0,
-             seed=0):  # fmt: skip
+             seed=0):
     """Two convolutions of 32 and 64 filters (3x3), a dense layer of 128, logits. Sets Keras' random seed.
 
     Paper 02 states two convolution layers and a softmax (Table II), nothing else: whether they stride or are

@@ -98,12 +98,12 @@ class TotalVariation:
         p = (tf.zeros_like(x), tf.zeros_like(x))
         for _ in range(steps):
             change = sum(tf.pad(part[:, :-1] if axis == 1 else part[:, :, :-1], _behind(axis, first=True)) - part
-                         for axis, part in zip((1, 2), p, strict=True))  # fmt: skip
+                         for axis, part in zip((1, 2), p, strict=True))
             out = x + change
             slopes = (tf.pad(out[:, 1:] - out[:, :-1], _behind(1)), tf.pad(out[:, :, 1:] - out[:, :, :-1], _behind(2)))
             length = tf.sqrt(slopes[0] ** 2 + slopes[1] ** 2 + 1e-12)
             p = tuple((part - 0.25 * slope) / (1 + 0.25 / self.weight * length)
-                      for part, slope in zip(p, slopes, strict=True))  # fmt: skip
+                      for part, slope in zip(p, slopes, strict=True))
         return out
 
     def _denoise(self, x):
@@ -122,7 +122,7 @@ def composite_loss(purified, clean, logits, y, weight):
 
 
 def fit(purifier, classifier, x_in, x, y, *, weight, epochs, batch_size=32, learning_rate=1e-3, monitor=None, seed=0,
-        label=None):  # fmt: skip
+        label=None):
     """Train `purifier` in place with Adam on `composite_loss`, through the frozen `classifier` in test mode.
 
     x_in, x : what the purifier is shown, and the clean images that it should give back; (n, h, w, c) float32 in [0, 1].

@@ -67,7 +67,7 @@ class Aim(NamedTuple):
         """The goal's value of what is deployed at `x`, (n,) float32; of a random defence the median of its draws."""
         check_finite(x)
         draws = [self.goal(single(predict(self.defence, x, self.batch_size)), y).numpy()
-                 for _ in range(DRAWS if randomised(self.defence) else 1)]  # fmt: skip
+                 for _ in range(DRAWS if randomised(self.defence) else 1)]
         check_numbers(draws)
         return np.median(draws, axis=0).astype("float32")
 

@@ -51,7 +51,7 @@ class Readout:
 
 
 def binarization(defence, attack, x, threat, *, path=None, features=None, inner=None, closeness=0.999, draws=200,
-                 seed=0):  # fmt: skip
+                 seed=0):
     """Does `attack` find an adversarial image that is known to exist? (Zimmermann et al. 2022)
 
     For each image the last layer of the network gives way to a readout with two classes: it tells points within
@@ -89,7 +89,7 @@ def binarization(defence, attack, x, threat, *, path=None, features=None, inner=
         raise ValueError(f"on none of {len(x)} images a readout tells the point at eps from those within; expected "
                          "fewer `inner` points or other `features`")
     return [flags.share("binarization test: success of the attack", np.array(found), 0.95),
-            flags.share("binarization test: success of random points", np.array(lucky), 0.5, "<=")]  # fmt: skip
+            flags.share("binarization test: success of random points", np.array(lucky), 0.5, "<=")]
 
 
 class Shown:

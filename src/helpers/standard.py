@@ -52,7 +52,7 @@ def _compile_climb(outputs, shape, norm, bounds, loss, goal):
     gradient_of = inner_graph(gradient_of, outputs)
 
     def loop(current, before, gradient, top, top_gradient, best, size, last, top_loss, rises, value,
-             x, y, target, eps, steps):  # fmt: skip
+             x, y, target, eps, steps):
         project = projection(x, norm, eps, bounds)
         for _ in tf.range(steps):
             ahead = project(current + size[:, None, None, None] * direction(gradient, norm))
@@ -116,7 +116,7 @@ def _climb(aim, loop, x, y, target, first, found, eps, radius, steps):
 
 
 def apgd(defence, x, y, threat, *, loss=None, steps=100, restarts=1, targets=9, radii=(1.0,), path=None, goal=None,
-         start=None, batch_size=500, seed=0):  # fmt: skip
+         start=None, batch_size=500, seed=0):
     """Auto-PGD (Croce & Hein 2020, Algorithm 1): steps with momentum, of a size that halves where progress stops.
 
     The first step is 2 * eps long. At a checkpoint it is halved, and the run goes on from its highest loss, where less
@@ -131,7 +131,7 @@ def apgd(defence, x, y, threat, *, loss=None, steps=100, restarts=1, targets=9, 
     start : images to begin the first run from; default a random start.
     """
     aim, y, found = opened(defence, x, y, threat, path=path, goal=goal, start=start, seed=seed, batch_size=batch_size,
-                           steps=steps, restarts=restarts, targets=targets)  # fmt: skip
+                           steps=steps, restarts=restarts, targets=targets)
     loss = (aim.path.losses or ("log-odds",))[0] if loss is None else loss
     if not callable(loss):
         known("loss", loss, LOSSES | TARGETED)
@@ -193,7 +193,7 @@ def _compile_fab(outputs, shape, norm, bounds, goal):
 
 
 def fab(defence, x, y, threat, *, steps=100, targets=9, smallest=False, path=None, goal=None, start=None,
-        batch_size=500, seed=0):  # fmt: skip
+        batch_size=500, seed=0):
     """Fast Adaptive Boundary attack, targeted (FAB-T, Croce & Hein 2020): the smallest change that wins.
 
     Every step goes onto the plane where the linearised network is undecided between the true class and a wrong one,
@@ -206,7 +206,7 @@ def fab(defence, x, y, threat, *, steps=100, targets=9, smallest=False, path=Non
     start : images that are kept where they win already; nothing begins there.
     """
     aim, y, found = opened(defence, x, y, threat, path=path, goal=goal, start=start, seed=seed, batch_size=batch_size,
-                           steps=steps, targets=targets)  # fmt: skip
+                           steps=steps, targets=targets)
     clean = _begin(aim, x, y, threat, found, start)
     loop = aim.compiled(_compile_fab, x.shape[1:], threat.norm, threat.bounds, aim.goal)
     best, length = x.copy(), np.where(clean > 0, 0, np.inf).astype("float32")
@@ -314,7 +314,7 @@ def _compile_square(outputs, shape, norm, bounds, goal):
 
     return traced(loop, outputs, input_signature=[
         image, number, image, tf.TensorSpec((None,), tf.int64), tf.TensorSpec((), tf.float32),
-        tf.TensorSpec((2, h, w), tf.float32), whole, whole, whole, whole])  # fmt: skip
+        tf.TensorSpec((2, h, w), tf.float32), whole, whole, whole, whole])
 
 
 def _first_guess(x, threat, rng):
@@ -340,7 +340,7 @@ def square(defence, x, y, threat, *, queries=5000, path=None, goal=None, start=N
     as its value needs. `start`: images to begin from where they are better than the attack's own beginning.
     """
     aim, y, found = opened(defence, x, y, threat, path=path, goal=goal, start=start, seed=seed, batch_size=batch_size,
-                           queries=queries)  # fmt: skip
+                           queries=queries)
     aim, threat = aim._replace(path=way(aim.defence, None)), replace(threat, eps=threat.radius(x.shape[1:]))
     clean = _begin(aim, x, y, threat, found, start)
     h, w, _ = x.shape[1:]
@@ -377,7 +377,7 @@ STANDARD = {  # cheap ones first: each attacks what those before it left; on eve
 
 
 def standard(defence, x, y, threat, *, attacks=None, paths=None, surrogate=None, goal=None, batch_size=500, seed=0,
-             label=None):  # fmt: skip
+             label=None):
     """A set of attacks, each on what those before it left; the last one asks the deployed defence alone.
 
     attacks : name -> attack, called as `apgd` is; default `STANDARD`. All but the last run on every path. The last

@@ -51,7 +51,7 @@ class Adversary:
 
 
 def fit(model, x, y, *, epochs, batch_size=364, learning_rate=1e-3, adversary=None, validation=None, monitor=None,
-        seed=0, label=None):  # fmt: skip
+        seed=0, label=None):
     """Train `model` in place with Adam on cross-entropy.
 
     x, y : images (n, h, w, c) float32 in [0, 1], integer labels (n,).
@@ -81,7 +81,7 @@ def fit(model, x, y, *, epochs, batch_size=364, learning_rate=1e-3, adversary=No
         return {f"validation_{key}": value for key, value in found.items()} | (monitor(model) if monitor else {})
 
     return descend(model, losses_of, (x, y), epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
-                   after=after, seed=seed, label=label)  # fmt: skip
+                   after=after, seed=seed, label=label)
 
 
 def descend(model, losses_of, arrays, *, epochs, batch_size, learning_rate, after=None, owner=None, seed=0, label=None):

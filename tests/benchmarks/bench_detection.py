@@ -53,7 +53,7 @@ def measure_density(points, queries, bandwidth, repeats):
     tree = KernelDensity(bandwidth=bandwidth / np.sqrt(2)).fit(points)  # its kernel is exp(-d^2 / (2 h^2)) ...
     normalisation = points.shape[1] / 2 * np.log(np.pi * bandwidth**2)  # ... divided by its integral
     scores = {"ours": lambda n: near.log_density(queries[:n], one_class[:n]),
-              "scikit-learn": lambda n: tree.score_samples(queries[:n]) + normalisation}  # fmt: skip
+              "scikit-learn": lambda n: tree.score_samples(queries[:n]) + normalisation}
     first, calls = ({name: partial(score, n) for name, score in scores.items()} for n in (500, len(queries)))
     table, found = rounds(calls, repeats, "density", first)
     table["scores/s"] = len(queries) / table["seconds"]
@@ -76,7 +76,7 @@ def main():
     dataset = data.load(options.data).take(n_test=options.images)
     shape, classes = dataset.x_train.shape[1:], len(dataset.class_names)
     networks = {place: models.two_conv(shape, classes, strided=False, batch_norm=False, conv_dropout=rate)
-                for place, rate in NETWORKS.items()}  # fmt: skip
+                for place, rate in NETWORKS.items()}
     chosen = networks["after every layer"]  # the chapter's
     training.fit(chosen, dataset.x_train, dataset.y_train, epochs=options.epochs, batch_size=64, label="training")
     points = noisy_activations(chosen, dataset.x_train, options.points, 0)
@@ -84,7 +84,7 @@ def main():
     density, difference = measure_density(points, queries, options.bandwidth, options.density_repeats)
     dropout = measure_dropout(networks, dataset.x_test, options.draws, options.repeats)
     measured = {f"dropout {place}, sample / plain": dropout["seconds"][f"{place}, sample"]
-                / dropout["seconds"][f"{place}, plain"] for place in NETWORKS}  # fmt: skip
+                / dropout["seconds"][f"{place}, plain"] for place in NETWORKS}
     measured["density, scikit-learn / ours"] = density["seconds"]["scikit-learn"] / density["seconds"]["ours"]
     measured["density, largest relative difference"] = difference
     tables = {"density": density, "dropout": dropout, "targets": verdicts(measured, TARGETS)}

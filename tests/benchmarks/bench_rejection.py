@@ -27,7 +27,7 @@ from helpers import svm as svms
 from helpers.threat import ThreatModel
 
 TARGETS = {"fit, plain / ours": (">=", 50), "fit, largest difference of decision values": ("<=", 1e-4),
-           "step, DNR / bare network": ("<=", 4), "large, seconds": ("<=", 600), "large, GiB": ("<=", 16)}  # fmt: skip
+           "step, DNR / bare network": ("<=", 4), "large, seconds": ("<=", 600), "large, GiB": ("<=", 16)}
 
 
 def arguments():
@@ -65,7 +65,7 @@ def measure_step(defence, x, y, steps, repeats):
                            batch_size=len(x)).images
 
     calls = {"bare network": partial(attack, defence.network, "margin"),
-             "DNR": partial(attack, defence, rejection.margin, rejection.margin)}  # fmt: skip
+             "DNR": partial(attack, defence, rejection.margin, rejection.margin)}
     table, _ = rounds(calls, repeats, "step")
     table["ms/gradient"] = 1000 * table["seconds"] / steps / len(x)
     return table
@@ -93,7 +93,7 @@ def main():
         found["large, GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
     fit = pd.DataFrame({"seconds": {"plain": plain, "ours": ours}})
     vectors = pd.DataFrame({"support vectors": {"fit": vectors} | {
-        f"DNR, layer {n}": len(svm.vectors) for n, svm in zip(dnr.layers, dnr.svms, strict=True)}})  # fmt: skip
+        f"DNR, layer {n}": len(svm.vectors) for n, svm in zip(dnr.layers, dnr.svms, strict=True)}})
     targets = verdicts(found, {name: TARGETS[name] for name in found})
     report("rejection", options, d, {"fit": fit, "step": step, "support vectors": vectors, "targets": targets})
 

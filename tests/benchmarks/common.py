@@ -45,7 +45,7 @@ def verdicts(measured, targets):
     """A table of what was measured against `targets`, name -> (">=" or "<=", limit)."""
     rows = {name: {"measured": float(measured[name]), "relation": relation, "target": limit,
                    "met": bool(measured[name] >= limit if relation == ">=" else measured[name] <= limit)}
-            for name, (relation, limit) in targets.items()}  # fmt: skip
+            for name, (relation, limit) in targets.items()}
     return pd.DataFrame.from_dict(rows, orient="index")
 
 

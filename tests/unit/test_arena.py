@@ -14,7 +14,7 @@ from helpers.threat import ThreatModel
 
 THREAT = ThreatModel("linf", 0.1)
 FEW = {"APGD": lambda *images, **options: standard.apgd(*images, steps=10, **options),
-       "Square": lambda *images, **options: standard.square(*images, queries=20, **options)}  # fmt: skip
+       "Square": lambda *images, **options: standard.square(*images, queries=20, **options)}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def raised(entry):
     ("import nothing_of_that_name", "ModuleNotFoundError"),
     ("def defence():\n    return 7", "expected a Keras network"),
     ("def defence(:", "SyntaxError"),
-])  # fmt: skip
+])
 def test_a_file_that_holds_no_defence_is_named_with_the_reason(tmp_path, text, message):
     with pytest.raises(arena.ArenaError, match="mine.py") as error:
         arena.opened(written(tmp_path, text))
@@ -78,7 +78,7 @@ def test_a_saved_network_is_opened(tmp_path, network, dataset):
      "channels first"),
     (lambda network: keras.Sequential([network, keras.layers.Dense(3)]), "3 classes"),
     (lambda network: keras.Sequential([network, keras.layers.Rescaling(np.nan)]), "NaN"),
-])  # fmt: skip
+])
 def test_networks_that_answer_otherwise_than_expected_are_refused(network, dataset, build, message):
     with pytest.raises(arena.ArenaError, match=message):
         arena.examine(build(network), dataset, THREAT, images=8)

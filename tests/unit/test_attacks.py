@@ -19,7 +19,7 @@ STEPS = {  # defence, x, y, eps -> images
     "bim": lambda m, x, y, eps: attacks.bim(m, x, y, ThreatModel("linf", eps), steps=3).images,
     "pgd": lambda m, x, y, eps: attacks.pgd(m, x, y, ThreatModel("linf", eps), steps=6, restarts=2,
                                             losses=("cross-entropy", "margin")).images,
-}  # fmt: skip
+}
 every_step = pytest.mark.parametrize("name", STEPS)
 runs = pytest.mark.parametrize("compact", [False, True])
 
@@ -54,7 +54,7 @@ def test_other_bounds_are_respected():
     attacks.bim,
     lambda m, x, y, threat: attacks.pgd(m, x, y, threat, steps=10),
     lambda m, x, y, threat: attacks.pgd(m, x, y, threat, steps=10, losses=("margin",)),
-], ids=["fgsm", "bim", "pgd", "pgd-margin"])  # fmt: skip
+], ids=["fgsm", "bim", "pgd", "pgd-margin"])
 def test_linf_attacks_reach_the_optimum_of_a_linear_model(attack, label):
     y = np.full(N, label)
     found = attack(LINEAR, X, y, ThreatModel("linf", 0.1))
@@ -133,7 +133,7 @@ def test_a_targeted_attack_reaches_its_target(loss):
     assert correct(three_classes, bim(three_classes, X, y, threat, target=target), target).all()
     towards = attacks.fgsm(three_classes, X, y, ThreatModel("linf", 0.05), target=target).images
     assert (losses.cross_entropy(logits(three_classes, towards), target)
-            < losses.cross_entropy(logits(three_classes, X), target)).numpy().all()  # fmt: skip
+            < losses.cross_entropy(logits(three_classes, X), target)).numpy().all()
 
 
 def test_a_loss_of_ones_own_is_ascended():
@@ -237,7 +237,7 @@ def test_more_restarts_and_more_steps_are_never_worse(seed, ball, targeted):
     x, y, threat = rng_images(8, seed), np.arange(8) % 3, ThreatModel(*ball)
     options = {"step_size": ball[1], "seed": seed} | ({"target": (y + 1) % 3} if targeted else {})
     few, restarts, steps = (attacks.pgd(NET, x, y, threat, **more, **options).value for more in (
-        {"steps": 3}, {"steps": 3, "restarts": 3}, {"steps": 8}))  # fmt: skip
+        {"steps": 3}, {"steps": 3, "restarts": 3}, {"steps": 8}))
     assert (restarts >= few - 1e-5).all() and (steps >= few - 1e-5).all()
     clean = -margins(NET, x, (y + 1) % 3) if targeted else margins(NET, x, y)
     assert (few >= clean - 1e-5).all()
@@ -276,7 +276,7 @@ def test_compaction_is_tested_on_images_of_both_kinds():
     lambda **o: attacks.bim(NET, X, Y, ThreatModel("linf", 0.1), **o),
     lambda **o: attacks.pgd(NET, X, Y, ThreatModel("linf", 0.1), steps=5, **o),
     lambda **o: attacks.pgd(NET, X, Y, ThreatModel("l2", 0.5), steps=5, **o),
-], ids=["fgsm", "bim", "pgd-linf", "pgd-l2"])  # fmt: skip
+], ids=["fgsm", "bim", "pgd-linf", "pgd-l2"])
 def test_the_batch_size_does_not_matter(attack):
     np.testing.assert_allclose(attack(batch_size=5).images, attack().images, atol=1e-5)
 
@@ -304,7 +304,7 @@ def test_a_gradient_that_is_not_finite_is_an_error():
     for model in (cusps, steady(lambda x: cusps(x))):
         for attack in (lambda m: attacks.fgsm(m, x, Y % 2, ThreatModel("linf", 0.1)),
                        lambda m: attacks.pgd(m, x, Y % 2, ThreatModel("l2", 0.1), steps=3, start=x),
-                       lambda m: attacks.ddn(m, x, Y % 2, FREE, steps=3)):  # fmt: skip
+                       lambda m: attacks.ddn(m, x, Y % 2, FREE, steps=3)):
             with pytest.raises(FloatingPointError, match="gradient is not finite"):
                 attack(model)
 
@@ -377,7 +377,7 @@ def test_lbfgs_returns_what_it_cannot_move():
 def test_lbfgs_repeats_and_takes_smaller_changes_with_more_searches():
     x, y = X[:2], logits(NET, X[:2]).argmax(axis=1)
     few, many, again = (attacks.lbfgs(NET, x, y, FREE, target=(y + 1) % 3, searches=n, max_iterations=8)
-                        for n in (2, 5, 5))  # fmt: skip
+                        for n in (2, 5, 5))
     np.testing.assert_array_equal(many.images, again.images)
     reached = few.value > 0
     assert reached.any() and (many.value > 0)[reached].all() and (many.steps > few.steps).all()
@@ -403,7 +403,7 @@ def test_steps_and_sizes_are_positive(attack, name, value):
     ({"losses": ()}, r"losses is \(\)"),
     ({"path": "BPDA"}, "path: unknown 'BPDA', expected one of exact"),
     ({"path": "exacd"}, "path: unknown 'exacd', did you mean 'exact'"),
-])  # fmt: skip
+])
 def test_pgd_names_its_bad_options(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         attacks.pgd(NET, X, Y, ThreatModel("linf", 0.1), **options)
@@ -448,7 +448,7 @@ def test_normalised_reaches_its_target_within_the_bounds(loss, batch_size):
     y = logits(NET, X).argmax(axis=1)
     target = (y + 1) % 3
     found = attacks.normalised(NET, X, y, FREE, target=target, loss=loss, step_size=0.05, steps=200,
-                               batch_size=batch_size)  # fmt: skip
+                               batch_size=batch_size)
     x_adv, taken = found.images, found.steps
     np.testing.assert_array_equal(correct(NET, x_adv, target), taken <= 200)
     np.testing.assert_array_equal(found.value > 0, taken <= 200)

@@ -43,7 +43,7 @@ def with_pixel(value):
     (with_pixel(1.01), ValueError, r"photos lies in \[0.5, 1.01\]"),
     (with_pixel(np.nan), ValueError, "photos holds NaN"),
     (with_pixel(np.inf), ValueError, "photos holds NaN or infinite"),
-])  # fmt: skip
+])
 def test_bad_images_are_named(x, error, message):
     with pytest.raises(error, match=message):
         check_images(x, "photos")
@@ -57,7 +57,7 @@ def test_bad_images_are_named(x, error, message):
     ([0, 1], TypeError, r"\(2,\); expected 3 integer labels"),
     ([[0], [1], [2]], TypeError, r"\(3, 1\); expected 3"),
     (np.eye(3, dtype=int), TypeError, r"\(3, 3\); expected 3"),
-])  # fmt: skip
+])
 def test_bad_labels_are_named(y, error, message):
     with pytest.raises(error, match=message):
         check_labels(y, 3, 3)
@@ -80,7 +80,7 @@ def test_good_images_and_labels_pass(x):
     ("gamma", 0, "finite"), ("gamma", -1.0, "finite"), ("gamma", np.nan, "finite"), ("gamma", np.inf, "finite"),
     ("steps", 0, "whole"), ("steps", 2.5, "whole"), ("restarts", 2.0, "whole"), ("batch_size", -1, "whole"),
     ("batch_size", None, "whole"), ("epochs", np.nan, "whole"), ("queries", np.float64(3), "whole"),
-])  # fmt: skip
+])
 def test_numbers_that_are_not_positive_or_not_whole_are_named(name, number, expected):
     with pytest.raises(ValueError, match=f"{name} is {number}; expected a {expected} number > 0"):
         check_positive(eps=1, **{name: number})
@@ -97,7 +97,7 @@ def test_positive_and_whole_numbers_pass():
 def network():
     keras.utils.set_random_seed(0)
     return keras.Sequential([layers.Input((4, 4, 1)), layers.Flatten(), layers.Dense(6, "relu"), layers.Dropout(0.3),
-                             layers.Dense(2)])  # fmt: skip
+                             layers.Dense(2)])
 
 
 @pytest.fixture(scope="module")

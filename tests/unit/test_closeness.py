@@ -39,7 +39,7 @@ def network():
     model = keras.Sequential([
         layers.Input(SHAPE), layers.Conv2D(4, 3, activation="relu"), layers.BatchNormalization(), layers.Flatten(),
         layers.Dense(D, "tanh"), layers.Dropout(0.5), layers.Dense(CLASSES),
-    ])  # fmt: skip
+    ])
     for _ in range(20):
         model(X, training=True)
     return model
@@ -68,7 +68,7 @@ def test_bad_images_are_refused():
 
 @settings(max_examples=25)
 @given(n=st.integers(1, 30), d=st.integers(1, 40), sigma=st.floats(0.3, 5), away=st.sampled_from([0, 1, 10, 300]),
-       origin=st.sampled_from([0, 20]), seed=st.integers(0, 999))  # fmt: skip
+       origin=st.sampled_from([0, 20]), seed=st.integers(0, 999))
 def test_the_log_density_is_that_of_scikit_learn(n, d, sigma, away, origin, seed):
     """Far away too, where the density itself is zero in floating point, and far from the origin."""
     draw = np.random.default_rng(seed)
@@ -205,7 +205,7 @@ def test_thin_keeps_the_first_points_of_each_class_and_the_rest_as_it_was():
     (LABELS.astype(float), {}, TypeError, "y is float64.*integer labels"),
     (LABELS - 1, {}, ValueError, "labels in 0...2"),
     (LABELS + 1, {}, ValueError, "labels in 0...2"),
-])  # fmt: skip
+])
 def test_bad_points_are_refused(labels, options, error, message):
     with pytest.raises(error, match=message):
         Closeness.fit(POINTS, labels, **{"bandwidth": SIGMA, "classes": CLASSES} | options)

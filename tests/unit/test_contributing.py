@@ -33,7 +33,7 @@ def test_it_is_short():
 def test_it_is_evaluated_with_its_three_members(squeezing):
     defence, x, y = squeezing
     report = evaluation.evaluate(defence, x, y, ThreatModel("linf", 0.15), attacks=ATTACKS, steps=20, queries=50,
-                                 examined=2)  # fmt: skip
+                                 examined=2)
     assert set(report.attacks["path"]) <= {"", "unaware", "BPDA"}
     assert (report.found.value > 0).sum() == report.attacks["beaten"].sum() > 0
     found = answers(defence, report.found.images)

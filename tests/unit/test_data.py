@@ -201,7 +201,7 @@ BY_HAND = {
     "n_val": lambda d: train_test_split(np.arange(len(d.y_train)), test_size=70, stratify=d.y_train, random_state=0),
     "folds": lambda d: next(StratifiedGroupKFold(7, shuffle=True, random_state=0).split(
         d.x_train, d.y_train, d.extra.get("group_train", np.arange(len(d.y_train))))),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("how", [{"n_val": 70}, {"folds": 7}], ids=BY_HAND)
@@ -227,7 +227,7 @@ def test_split_sets_images_aside_as_the_chapters_did(how, groups):
     ({"n_val": 30, "folds": 7}, "n_val is 30 and folds is 7"),
     ({"n_val": 2}, "n_val is 2; expected 3 to 57, since textures has 3 classes"),
     ({"n_val": 58}, "n_val is 58; expected 3 to 57"),
-])  # fmt: skip
+])
 def test_a_split_that_cannot_be_is_named(how, message):
     with pytest.raises(ValueError, match=message):
         data.load("textures").take(n_train=60).split(**how)

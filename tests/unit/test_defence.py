@@ -127,7 +127,7 @@ def test_the_attacks_are_tested_where_some_win_and_some_are_refused():
     ("network", ["exact"]), ("function", ["exact"]), ("gaussian", ["unaware", "BPDA", "exact"]),
     ("median", ["unaware", "BPDA", "exact"]), ("jpeg", ["unaware", "BPDA", "approximated"]),
     ("purifier", ["unaware", "BPDA", "exact"]), ("one of two", ["one guess", "EOT"]), ("own", ["unaware", "exact"]),
-])  # fmt: skip
+])
 def test_the_paths_have_names_and_answers_like_those_of_the_defence(defence, names):
     whole = as_defence(DEFENCES[defence])
     assert list(whole.paths()) == names
@@ -279,7 +279,7 @@ BAD = {  # what is done to the logits: the error
     "logits alone": (lambda z: z, TypeError, "gives EagerTensor; expected .*Outputs"),
     "a tuple": (lambda z: (z, z[:, 0]), TypeError, "gives tuple; expected .*Outputs"),
     "nothing": (lambda z: None, TypeError, "gives NoneType; expected .*Outputs"),
-}  # fmt: skip
+}
 bad_answers = pytest.mark.parametrize(("answer", "error", "message"), BAD.values(), ids=BAD)
 
 
@@ -327,7 +327,7 @@ def test_paths_that_are_none_are_refused(paths):
 
 def test_what_draws_and_says_that_it_does_not_is_refused():
     for door in (lambda whole: answers(whole, X), lambda whole: attacks.fgsm(whole, X, Y, THREAT),
-                 lambda whole: attacks.fgsm(NET, X, Y, THREAT, path=Path(whole))):  # fmt: skip
+                 lambda whole: attacks.fgsm(NET, X, Y, THREAT, path=Path(whole))):
         with pytest.raises(ValueError, match="answers differently when it is called again"):
             door(Odd(noisy))
         door(Odd(noisy, randomised=True))

@@ -35,7 +35,7 @@ def network():
         layers.Input(SHAPE), layers.Conv2D(4, 3, activation="tanh"), layers.BatchNormalization(), layers.Dropout(0.3),
         layers.Flatten(), layers.Dense(8, "tanh", kernel_initializer=wide), layers.Dropout(0.3),
         layers.Dense(3, kernel_initializer=wide),
-    ])  # fmt: skip
+    ])
     for _ in range(20):
         model(X, training=True)
     model.layers[-1].bias.assign(-tf.reduce_mean(model(X, training=False), axis=0))
@@ -51,7 +51,7 @@ def in_float64():
 
 NET = network()
 NEAR = Closeness.fit(closeness.activations(NET, rng.uniform(0, 1, (60, *SHAPE)).astype("float32")), np.arange(60) % 3,
-                     1.2, 3)  # fmt: skip
+                     1.2, 3)
 DETECTOR = Detector(dict(zip(FEATURES, (-2.0, 1.5, 8.0, 3.0, -0.2, 0.7), strict=True)), 0.3)
 PART = Detector({"KL": -2.0, "entropy": 0.5}, -1.0)
 
@@ -75,7 +75,7 @@ def test_features_are_those_of_the_predicted_class():
     assert set(predicted) == {0, 1, 2}
     expected = uncertainty.metrics(uncertainty.sample(NET, X, draws=4, seed=2)) | {
         "KDE": NEAR.log_density(hidden, predicted), "KL": NEAR.kl(hidden, predicted), "LID": NEAR.lid(hidden),
-        "predicted": predicted}  # fmt: skip
+        "predicted": predicted}
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, rtol=1e-5, err_msg=name)
 
@@ -130,7 +130,7 @@ def test_units_and_the_order_of_columns_do_not_matter():
 
     detector = Detector.fit(elsewhere(POSITIVES), elsewhere(NEGATIVES))
     np.testing.assert_allclose(detector.score(elsewhere(POSITIVES)),
-                               Detector.fit(POSITIVES, NEGATIVES).score(POSITIVES), rtol=1e-6)  # fmt: skip
+                               Detector.fit(POSITIVES, NEGATIVES).score(POSITIVES), rtol=1e-6)
 
 
 def test_the_score_is_the_weighted_sum():
@@ -201,7 +201,7 @@ def test_the_rule_of_the_detector_is_the_weighted_sum_and_no_other():
     """A guard with another detector, threshold or neighbourhood refuses by another number."""
     first, *others = (Guarded(NET, detector, near, threshold, draws=3)(tf.constant(X)).refusal for detector, near,
                       threshold in ((DETECTOR, NEAR, 0.0), (PART, NEAR, 0.0), (DETECTOR, NEAR.thin(4), 0.0),
-                                    (DETECTOR, NEAR, 0.5)))  # fmt: skip
+                                    (DETECTOR, NEAR, 0.5)))
     assert all(np.abs(first - other).max() > 1e-3 for other in others)
     np.testing.assert_allclose(first - others[-1], 0.5, rtol=1e-5)
 
@@ -243,7 +243,7 @@ def informed(x, y, eps, start):
 
     guarded = Guarded(NET, DETECTOR, NEAR, 0.0, draws=5, seed=9)
     return attacks.pgd(guarded, x, y, ThreatModel("linf", eps), steps=25, losses=(in_turn,), goal=goal,
-                       start=start).images  # fmt: skip
+                       start=start).images
 
 
 def test_an_informed_attack_lowers_the_log_odds_of_the_images_that_it_turns():
@@ -266,7 +266,7 @@ def test_an_attacker_with_masks_and_points_of_his_own_is_judged_by_the_detector_
     scores = DETECTOR.score(features(NET, plain, NEAR, draws=20, seed=1))
     guarded = Guarded(NET, DETECTOR, NEAR, float(np.quantile(scores, 0.3)), draws=20, seed=1, known=5, points=8)
     unaware, exact = (attacks.pgd(guarded, X, y, threat, steps=25, path=path, start=plain)
-                      for path in ("unaware", "exact"))  # fmt: skip
+                      for path in ("unaware", "exact"))
     for found in (unaware, exact):
         np.testing.assert_array_equal(found.value > 0, outcomes(guarded, found.images, y) == 2)
     assert (exact.value > 0).sum() > (unaware.value > 0).sum()
@@ -275,7 +275,7 @@ def test_an_attacker_with_masks_and_points_of_his_own_is_judged_by_the_detector_
 def test_the_attackers_masks_come_from_the_seed_and_are_not_the_detector_s():
     guarded = Guarded(NET, DETECTOR, NEAR, 0.0, draws=3, seed=3)
     first, again, other = (Guarded(NET, DETECTOR, NEAR, 0.0, draws=3, seed=3).paths(seed)["exact"].outputs(
-        tf.constant(X)).refusal for seed in (3, 3, 4))  # fmt: skip
+        tf.constant(X)).refusal for seed in (3, 3, 4))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-3
     assert np.abs(first - guarded(tf.constant(X)).refusal).max() > 1e-3
@@ -289,4 +289,4 @@ def test_an_attacker_may_know_fewer_networks_and_points():
     np.testing.assert_allclose(few.paths()["exact"].outputs(tf.constant(X)).refusal, expected, rtol=1e-4, atol=1e-4)
     expected = DETECTOR.score(features(NET, X, NEAR, draws=20, seed=999))
     np.testing.assert_allclose(deployed.paths()["exact"].outputs(tf.constant(X)).refusal, expected, rtol=1e-4,
-                               atol=1e-4)  # fmt: skip
+                               atol=1e-4)

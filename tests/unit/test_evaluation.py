@@ -45,7 +45,7 @@ def network():
     model = keras.Sequential([
         layers.Input(SHAPE), layers.Conv2D(8, 3, activation="relu"), layers.MaxPooling2D(), layers.BatchNormalization(),
         layers.Flatten(), layers.Dropout(0.2), layers.Dense(16, activation="relu"), layers.Dense(2),
-    ])  # fmt: skip
+    ])
     fit(model, *toy(400), epochs=12, batch_size=50, learning_rate=5e-3)
     return model
 
@@ -152,7 +152,7 @@ def test_outcomes_are_right_refused_or_evaded_and_a_refused_image_is_neither(net
 
 @pytest.mark.parametrize("measure", [evaluation.correct, evaluation.score, evaluation.outcomes,
                                      lambda network, *data: evaluation.survivors(network, [0, 0.1], *data)],
-                         ids=["correct", "score", "outcomes", "survivors"])  # fmt: skip
+                         ids=["correct", "score", "outcomes", "survivors"])
 @pytest.mark.parametrize(("x", "y", "error", "message"), [
     (255 * X, Y, ValueError, "expected pixels in"),
     (X.astype("float64"), Y, TypeError, "x is float64"),
@@ -162,7 +162,7 @@ def test_outcomes_are_right_refused_or_evaded_and_a_refused_image_is_neither(net
     (X, Y[:-1], TypeError, "60 integer labels"),
     (X, Y + 1, ValueError, r"labels in 0\.\.\.1"),
     (X, Y.astype(float), TypeError, "integer labels"),
-])  # fmt: skip
+])
 def test_bad_input_is_refused(network, measure, x, y, error, message):
     with pytest.raises(error, match=message):
         measure(network, x, y)
@@ -233,7 +233,7 @@ def test_a_curve_attacks_what_stands_from_where_the_last_radius_ended(network):
 
 def test_a_curve_passes_its_options_on(network):
     weak, strong = (evaluation.survivors(network, [0.05], X, Y, **options)[0].mean() for options in (
-        {"steps": 1, "step_size": 1e-6}, {"steps": 10, "restarts": 2, "losses": ("margin",)}))  # fmt: skip
+        {"steps": 1, "step_size": 1e-6}, {"steps": 10, "restarts": 2, "losses": ("margin",)}))
     assert strong < weak
     with pytest.raises(ValueError, match="steps is 0"):
         evaluation.survivors(network, [0.05], X, Y, steps=0)
@@ -263,7 +263,7 @@ def test_a_refused_image_survives_on_any_path(network):
 
 
 @pytest.mark.parametrize("grid", [[], [0.1, 0.1], [0.2, 0.1], [-0.1, 0.1], [-0.2, -0.1], [0, np.nan], [np.nan],
-                                  [0, np.inf]], ids=str)  # fmt: skip
+                                  [0, np.inf]], ids=str)
 def test_grids_that_do_not_rise_are_refused(grid):
     with pytest.raises(ValueError, match="grid is"):
         evaluation.survivors(linear, grid, X, Y, steps=1)
@@ -316,7 +316,7 @@ def test_an_interval_needs_pairs(shapes):
 @pytest.mark.parametrize("build", [
     lambda: models.two_conv((8, 8, 1), 3), lambda: models.two_conv((8, 8, 1), 3, strided=False),
     lambda: models.deep_conv((8, 8, 1), 3),
-], ids=["strided", "pooled", "deep"])  # fmt: skip
+], ids=["strided", "pooled", "deep"])
 def test_the_gradients_of_the_networks_are_exact(build):
     """Also on a blank background, where max-pooling has ties and a new network's ReLUs get exactly 0."""
     x = np.zeros((20, 8, 8, 1), "float32")
@@ -326,7 +326,7 @@ def test_the_gradients_of_the_networks_are_exact(build):
 
 
 @pytest.mark.parametrize(("kind", "least"), [("doubled", 0.01), ("reversed", 0.01), ("half stopped", 0.01),
-                                             ("zero", 1), ("stopped", 1)])  # fmt: skip
+                                             ("zero", 1), ("stopped", 1)])
 def test_a_wrong_gradient_is_noticed(network, kind, least):
     errors, kinked = evaluation.gradient_errors(masked(network, "none"), X, Y)
     assert kinked.mean() <= 0.1 and errors[~kinked].max() < 1e-4
@@ -431,7 +431,7 @@ def sound(network, surrogate):
     def checks(norm, eps):
         if (norm, eps) not in kept:
             kept[norm, eps] = evaluation.sanity_checks(network, X, Y, ThreatModel(norm, eps), surrogate=surrogate,
-                                                       **QUICK)  # fmt: skip
+                                                       **QUICK)
         return kept[norm, eps]
 
     return checks
@@ -460,7 +460,7 @@ FREE = "PGD less a gradient-free attack"
     ("reversed", "linf", {WRONG, FREE}),
     ("rippled", "linf", {FREE}),
     ("loud", "linf", {"images with a gradient of the cross-entropy"}),
-])  # fmt: skip
+])
 def test_a_masked_network_fails_its_checks(network, sound, kind, norm, expected):
     threat = ThreatModel(norm, 0.15 if norm == "linf" else 0.5)
     table = evaluation.sanity_checks(masked(network, kind), X, Y, threat, **QUICK)
@@ -532,7 +532,7 @@ def stops_too_early(defence, x, y, threat, **options):
     (gives_up_on_large_radii, 0.15, {"success at eps less at eps / 2"}),
     (goes_the_wrong_way, 0.15, {"PGD less a single step", FREE}),
     (stops_too_early, 0.15, {"twice the steps: gain of success"}),
-])  # fmt: skip
+])
 def test_a_broken_attack_fails_its_checks(network, sound, broken, eps, expected):
     table = evaluation.sanity_checks(network, X, Y, ThreatModel("linf", eps), attack=broken, **QUICK)
     assert expected <= failed(table), table.to_string()
@@ -595,13 +595,13 @@ def test_a_refused_image_is_left_at_its_worst(network):
     assert set(report.outcomes) == {0, 1, 2} and report.sound, report.flags.to_string()
     assert set(report.attacks["path"]) == {"", "unaware", "exact"}
     never, always = (standard.standard(each, X, Y, SMALL, attacks=SOME)[0] for each in (
-        network, Cautious(network, np.inf)))  # fmt: skip
+        network, Cautious(network, np.inf)))
     assert np.mean(never.value <= 0) < report.left and (always.value <= 0).all()
 
 
 @pytest.mark.parametrize(("kind", "expected"), [
     ("zero", {NO_GRADIENT, WRONG, "binarization test: success of the attack", "indicator: unavailable gradients"}),
-    ("doubled", {WRONG}), ("none", set())])  # fmt: skip
+    ("doubled", {WRONG}), ("none", set())])
 def test_a_report_on_a_masked_network_is_not_sound(network, kind, expected):
     alone = keras.models.clone_model(masked(network, kind))  # with layers of its own, which end in one place
     alone.set_weights(network.get_weights())

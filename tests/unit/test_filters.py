@@ -169,7 +169,7 @@ def network():
     """Quick to compile: every path has graphs of its own."""
     keras.utils.set_random_seed(0)
     return keras.Sequential([keras.Input(X.shape[1:]), keras.layers.Conv2D(4, 3, 2, activation="relu"),
-                             keras.layers.Flatten(), keras.layers.Dense(3)])  # fmt: skip
+                             keras.layers.Flatten(), keras.layers.Dense(3)])
 
 
 @every_kind
@@ -231,7 +231,7 @@ def test_a_filter_comes_back_from_its_configuration():
     ("gaussian", -1, "value is -1.*>= 0"), ("gaussian", np.nan, "finite"), ("gaussian", np.inf, "finite"),
     ("jpeg", 0, "1 to 100"), ("jpeg", 101, "1 to 100"),
     ("bits", 9, "1 to 8"), ("bits", 2.5, "1 to 8"), ("gaussian2", 1, "did you mean 'gaussian'"),
-])  # fmt: skip
+])
 def test_values_that_make_no_filter_are_refused(kind, value, message):
     with pytest.raises(ValueError, match=message):
         Filter(kind, value)
@@ -259,7 +259,7 @@ def test_a_path_that_the_filter_has_not_is_refused():
 @pytest.mark.parametrize(("x", "error", "message"), [
     (255 * X, ValueError, "expected pixels in"), (X.astype("float64"), TypeError, "expected a float32"),
     (X[0], TypeError, "shape"), (X[:0], ValueError, "empty"),
-])  # fmt: skip
+])
 def test_images_are_checked(x, error, message):
     with pytest.raises(error, match=message):
         filters.apply(x, "gaussian", 1.0)

@@ -40,7 +40,7 @@ L2, LINF = ThreatModel("l2", 0.3), ThreatModel("linf", 0.1)
 def network(seed=0):
     keras.utils.set_random_seed(seed)
     return keras.Sequential([layers.Input((4, 4, 1)), layers.Flatten(), layers.Dense(6, "relu"), layers.Dropout(0.3),
-                             layers.Dense(2)])  # fmt: skip
+                             layers.Dense(2)])
 
 
 def guarded(model):
@@ -111,7 +111,7 @@ USES = {
     "purifier": purified,
     "training": lambda model: training.fit(model, X, Y, epochs=1, adversary=training.Adversary(0.1)),
     "function": function,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
@@ -154,7 +154,7 @@ def test_an_object_keeps_a_few_graphs_only():
 @pytest.mark.parametrize("twin", [
     copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), keras.models.clone_model,
     models.as_float64, lambda model: type(model).from_config(model.get_config())],
-    ids=["copy", "deepcopy", "pickle", "clone", "float64", "config"])  # fmt: skip
+    ids=["copy", "deepcopy", "pickle", "clone", "float64", "config"])
 def test_a_copy_of_a_network_begins_without_graphs(twin):
     model = network()
     config, digest = model.to_json(), models.digest(model)

@@ -57,7 +57,7 @@ def test_the_options_change_the_layers():
     assert kinds(models.two_conv(strided=False, batch_norm=False))[:4] == ["Conv2D", "MaxPooling2D"] * 2
     assert models.two_conv(dropout=0.2).layers[-2].rate == 0.2
     assert kinds(models.deep_conv()) == [*["Conv2D", "Conv2D", "MaxPooling2D"] * 2, "Flatten",
-                                         "Dense", "Dropout", "Dense", "Dropout", "Dense"]  # fmt: skip
+                                         "Dense", "Dropout", "Dense", "Dropout", "Dense"]
 
 
 @networks
@@ -264,7 +264,7 @@ def test_other_weights_have_another_file(tmp_path):
 def convolution(name=None, activation="relu", strides=1, padding="same"):
     keras.utils.set_random_seed(0)
     return keras.Sequential([layers.Input((6, 6, 1)), layers.Conv2D(2, 3, strides, padding, activation=activation),
-                             layers.GlobalAveragePooling2D(), layers.Dense(3)], name=name)  # fmt: skip
+                             layers.GlobalAveragePooling2D(), layers.Dense(3)], name=name)
 
 
 def residual(skip=True):
@@ -290,7 +290,7 @@ OTHERS = {  # pairs of networks with the same kinds of layers and the same weigh
     "precision": [lambda kind=kind: keras.Sequential([layers.Input((6, 6, 1)), layers.Flatten(),
                                                       layers.Dense(3, "relu", dtype=kind, kernel_initializer="ones")])
                   for kind in ("float32", "mixed_bfloat16")],
-}  # fmt: skip
+}
 
 
 def normalised(momentum):
@@ -326,7 +326,7 @@ def test_the_file_name_does_not_change_with_training_or_the_process(tmp_path):
 print(models.digest(convolution()))"""
     environment = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, capture_output=True,
-                          text=True, check=True)  # fmt: skip
+                          text=True, check=True)
     assert done.stdout.split()[-1] == name
 
 
@@ -354,7 +354,7 @@ def test_inception_has_three_blocks_and_stays_small():
 
 @pytest.mark.parametrize(("name", "module", "side"), [
     ("MobileNet 0.25", "mobilenet", 32), ("MobileNetV2", "mobilenet_v2", 32), ("ResNet50", "resnet50", 32),
-    ("InceptionV3", "inception_v3", 75), ("VGG16", "vgg16", 32), ("DenseNet169", "densenet", 32)])  # fmt: skip
+    ("InceptionV3", "inception_v3", 75), ("VGG16", "vgg16", 32), ("DenseNet169", "densenet", 32)])
 def test_a_network_of_imagenet_brings_its_own_preprocessing(name, module, side):
     """Pixels in [0, 1] give what keras gives for 0 ... 255 and its own preprocessing, without the softmax."""
     model = models.application(name, (side, side, 3))
@@ -438,7 +438,7 @@ def test_pretrained_weights_that_are_nowhere(tmp_path, monkeypatch):
     ({"name": "MobileNetV3"}, "name: unknown 'MobileNetV3', did you mean 'MobileNetV2'"),
     ({"shape": (32, 32, 2)}, r"input_shape is \(32, 32, 2\); expected at least 32 x 32 pixels and 1 or 3 channels"),
     ({"shape": (16, 64, 3)}, "expected at least 32 x 32 pixels"),
-])  # fmt: skip
+])
 def test_bad_input_of_an_application_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         applied(**change)

@@ -268,7 +268,7 @@ def test_the_same_seed_gives_the_same_purifier():
     ({"weight": float("nan")}, ValueError, "weight is nan"),
     ({"epochs": 0}, ValueError, "epochs is 0; expected a whole number > 0"),
     ({"learning_rate": 0}, ValueError, "learning_rate is 0"),
-])  # fmt: skip
+])
 def test_bad_input_of_the_training_is_named(change, error, message):
     arguments = {"x_in": X, "x": X, "y": Y, "weight": 0.1, "epochs": 1} | change
     purifier = small()

@@ -46,7 +46,7 @@ def network():
         layers.Input(SHAPE), layers.Conv2D(4, 3, padding="same", activation="relu"), layers.MaxPooling2D(),
         layers.Flatten(), layers.Dense(8, activation="relu"), layers.Dropout(0.5), layers.Dense(8, "relu"),
         layers.Dense(CLASSES),
-    ])  # fmt: skip
+    ])
     net.compile(keras.optimizers.Adam(0.02), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     net.fit(X, Y, epochs=15, batch_size=30, verbose=0)
     return net
@@ -243,7 +243,7 @@ def test_a_gradient_that_float32_holds_is_not_scaled(dnr):
 def test_a_smaller_gamma_widens_the_kernel(dnr):
     np.testing.assert_array_equal(dnr.smoothed(1.0).scores(NEW), dnr.scores(NEW))
     halved = replace(dnr, svms=tuple(replace(svm, gamma=svm.gamma / 2) for svm in dnr.svms),
-                     combiner=replace(dnr.combiner, gamma=dnr.combiner.gamma / 2))  # fmt: skip
+                     combiner=replace(dnr.combiner, gamma=dnr.combiner.gamma / 2))
     wide = dnr.smoothed(0.5)
     np.testing.assert_allclose(wide.scores(NEW), halved.scores(NEW))
     assert np.abs(wide.scores(NEW) - dnr.scores(NEW)).max() > 0.01
@@ -264,7 +264,7 @@ def test_features_are_the_layers_outputs_in_test_mode(network):
 
 def test_dnr_is_a_combiner_on_the_scores_of_its_layers(dnr):
     stacked = [svm.scores(tf.constant(h, tf.float64)).numpy()
-               for svm, h in zip(dnr.svms, rejection.features(dnr.network, NEW, dnr.layers), strict=True)]  # fmt: skip
+               for svm, h in zip(dnr.svms, rejection.features(dnr.network, NEW, dnr.layers), strict=True)]
     assert len(dnr.combiner.columns) == 3 * CLASSES
     expected = dnr.combiner.scores(tf.constant(np.concatenate(stacked, axis=1)))
     np.testing.assert_allclose(dnr.scores(NEW), expected, atol=1e-5)
@@ -396,7 +396,7 @@ def test_a_damaged_or_missing_file_is_named(nr, tmp_path):
     ({"folds": 0}, ValueError, "folds is 0; expected None or a whole number from 2 to 90"),
     ({"folds": 1}, ValueError, "folds is 1"),
     ({"folds": 2.5}, ValueError, "folds is 2.5"),
-])  # fmt: skip
+])
 def test_bad_arguments_of_fit_are_named_before_the_work(network, monkeypatch, options, error, message):
     monkeypatch.setattr(rejection, "_features", None)
     with pytest.raises(error, match=message):
@@ -428,7 +428,7 @@ def test_too_many_samples_are_refused_before_the_work(monkeypatch):
     ({"memory.max": "5000\n", "memory.current": "5001\n"}, 0), ({"memory.max": "5000\n"}, np.inf),
     ({"memory.max": "max\n", "memory.current": "2000\n", "meminfo": "MemAvailable: 4 kB"}, 4096),
     ({"memory.max": "9000\n", "memory.current": "2000\n", "meminfo": "MemAvailable: 4 kB"}, 4096),
-])  # fmt: skip
+])
 def test_free_memory_is_the_machine_s_and_within_the_container_s_limit(tmp_path, monkeypatch, files, free):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
@@ -521,7 +521,7 @@ def test_being_refused_is_no_success(nr):
     for goal in (rejection.margin, evasion):  # the two are above 0 for the same images
         np.testing.assert_array_equal(goal(answers(strict, found.images), NEW_Y).numpy() > 0, outcome == 2)
     forgetful = attacks.pgd(strict, NEW, NEW_Y, threat, steps=10, losses=("margin",), goal=lambda outputs, y: (
-        attacks.margin(outputs.logits, y)))  # fmt: skip
+        attacks.margin(outputs.logits, y)))
     assert (evaluation.outcomes(strict, forgetful.images, NEW_Y) == 2).sum() < (forgetful.value > 0).sum()
 
 
@@ -578,7 +578,7 @@ def test_the_density_pulls_towards_the_wrong_class(nr):
     np.testing.assert_allclose(density(NEW[:1])[0], by_hand, rtol=1e-6)
     options = dict(threat=ThreatModel("l2", 1.0), x_train=X, y_train=Y, steps=15)
     plain, dense = (adaptive.strong(nr, NEW, NEW_Y, density=d, weight=w, **options).images
-                    for d, w in ((None, 0.0), (density, 10.0)))  # fmt: skip
+                    for d, w in ((None, 0.0), (density, 10.0)))
     wrong = (NEW_Y[:, None] != np.arange(CLASSES))
     best = [np.where(wrong, density(x), -np.inf).max(1).mean() for x in (NEW, plain, dense)]
     assert best[2] > best[0]

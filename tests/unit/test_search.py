@@ -45,7 +45,7 @@ ATTACKS = {  # defence, x, y, threat, seed -> Found
     "square-linf": lambda m, x, y, threat, seed=0, **o: square(m, x, y, threat, queries=8, seed=seed, **o),
     "square-l2": lambda m, x, y, threat, seed=0, **o: square(
         m, x, y, threat, queries=8, seed=seed, **{"batch_size": 5} | o),
-}  # fmt: skip
+}
 every_attack = pytest.mark.parametrize("name", ATTACKS)
 WARM = ("pgd-linf", "apgd-l2", "fab-l2", "square-linf")
 TARGETED = ("fgsm", "bim", "pgd-linf", "normalised", "ddn", "lbfgs")
@@ -184,7 +184,7 @@ def test_an_attack_calls_a_random_model_anew_in_every_step(name):
     sure = np.abs(margins(LINEAR, X, Y % 2)) > 0.1  # never beaten within so small a radius
     x, y = X[sure], logits(LINEAR, X[sure]).argmax(axis=1)
     steps = {"fgsm": 1, "bim": 3, "pgd-linf": 12, "pgd-l2": 3, "pgd-compact": 3 * 14, "normalised": 3,
-             "apgd-linf": 7, "apgd-l2": 3 * 8}.get(name, 8)  # fmt: skip
+             "apgd-linf": 7, "apgd-l2": 3 * 8}.get(name, 8)
     for _ in range(2):
         before = len(calls)
         assert (run(name, model, x, y, 0.001).value < 0).all()
@@ -294,7 +294,7 @@ def test_bad_radii_batches_and_other_things_are_refused(name):
 @pytest.mark.parametrize("name", WARM)
 @pytest.mark.parametrize(("start", "message"), [
     (255 * X, "start lies in"), (np.full_like(X, np.nan), "start holds NaN"), (X[:3], "start has shape"),
-])  # fmt: skip
+])
 def test_bad_starts_are_refused(name, start, message):
     with pytest.raises(ValueError, match=message):
         run(name, NET, start=start)

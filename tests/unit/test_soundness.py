@@ -40,7 +40,7 @@ def network():
     model = keras.Sequential([
         layers.Input(SHAPE), layers.Conv2D(8, 3, activation="relu"), layers.Flatten(),
         layers.Dense(24, activation="relu"), layers.Dense(3),
-    ])  # fmt: skip
+    ])
     fit(model, *toy(600), epochs=15, batch_size=50, learning_rate=5e-3)
     return model
 
@@ -102,7 +102,7 @@ def test_an_attack_on_a_masked_network_fails_the_binarization_test(network, loud
     """The readout's logits spread as widely as the network's, and so it is masked like the network."""
     features, threat = soundness._features(as_defence(network)), THREATS[1]
     masked, seen = (soundness.binarization(loud, attack, X, threat, features=features)[0]
-                    for attack in (saturated, strong))  # fmt: skip
+                    for attack in (saturated, strong))
     assert not masked["passed"] and seen["passed"]
 
 
@@ -125,7 +125,7 @@ def test_the_readout_sees_what_the_filter_shows_to_the_network(network):
 def test_an_attack_without_the_gradient_of_a_filter_fails_the_binarization_test(network):
     defence = filters.defend(network, "bits", 2)
     success = [soundness.binarization(defence, strong, X[:8], THREATS[1], path=Path(path), inner=10, draws=5)[0]
-               for path in (defence, defence.paths()["BPDA"].outputs)]  # fmt: skip
+               for path in (defence, defence.paths()["BPDA"].outputs)]
     assert success[0]["measured"] < success[1]["measured"]
 
 
@@ -170,7 +170,7 @@ def test_the_strong_attack_raises_no_indicator(network, threat):
 @pytest.mark.parametrize(("attack", "expected"), [
     (one_step, "incomplete optimisation"), (tiny_steps, "incomplete optimisation"),
     (wrong_sign, "unconstrained failure"),
-])  # fmt: skip
+])
 def test_a_weak_attack_raises_an_indicator(network, attack, expected):
     assert expected in raised(soundness.indicators(network, attack, X, Y, ThreatModel("l2", 0.05)))
 

@@ -162,10 +162,10 @@ def test_targeted_runs_go_through_the_wrong_classes(classes):
     order = _classes(aim, X, y)
     np.testing.assert_array_equal(order, np.argsort(-z, axis=1)[:, 1:])
     nearest = np.min([(z[np.arange(N), y] - z[np.arange(N), t]) / np.linalg.norm(many[:, y] - many[:, t], axis=0)
-                      for t in order.T], axis=0)  # fmt: skip
+                      for t in order.T], axis=0)
     eps = float(np.median(nearest))
     for found in (apgd(model, X, y, ThreatModel("l2", eps), loss="targeted dlr", steps=30),
-                  fab(model, X, y, ThreatModel("l2", eps), steps=30)):  # fmt: skip
+                  fab(model, X, y, ThreatModel("l2", eps), steps=30)):
         np.testing.assert_array_equal(found.value > 0, nearest < eps)
         left = found.value <= 0
         assert len(set(found.steps[left])) == 1 and found.steps[left][0] >= 30 * (classes - 1)
@@ -176,7 +176,7 @@ def test_apgd_climbs_the_first_loss_of_its_path():
     hard, y, threat = linear(bias=-50.0), np.zeros(N, int), ThreatModel("linf", 0.1)
     wrong_way = Path(as_defence(hard), (lambda outputs, y: -evasion(outputs, y),))
     down, up, named = (apgd(hard, X, y, threat, steps=5, start=X, path=path, loss=loss).images
-                       for path, loss in ((wrong_way, None), (None, None), (wrong_way, "log-odds")))  # fmt: skip
+                       for path, loss in ((wrong_way, None), (None, None), (wrong_way, "log-odds")))
     np.testing.assert_array_equal(down, X)
     np.testing.assert_array_equal(named, up)
     np.testing.assert_allclose(np.abs(up - X), 0.1, atol=1e-6)
@@ -248,7 +248,7 @@ def test_a_goal_of_ones_own_decides_what_is_won(attack):
 
 @pytest.mark.parametrize(("attack", "norm"), [
     (partial(square, queries=20), "linf"), (partial(square, queries=20), "l2"), (partial(apgd, steps=5), "l2"),
-], ids=["square-linf", "square-l2", "apgd-l2"])  # fmt: skip
+], ids=["square-linf", "square-l2", "apgd-l2"])
 def test_another_seed_gives_other_images(attack, norm):
     hard, y = linear(bias=-9.0), np.zeros(N, int)
     one, other = (attack(hard, X, y, ThreatModel(norm, 0.1), seed=seed).images for seed in (0, 1))
@@ -259,7 +259,7 @@ def test_another_seed_gives_other_images(attack, norm):
 
 
 FEW = {"one step": partial(apgd, loss="margin", steps=1), "APGD-T": partial(apgd, loss="targeted dlr", steps=15),
-       "Square": partial(square, queries=20)}  # fmt: skip
+       "Square": partial(square, queries=20)}
 
 
 def test_the_standard_set_keeps_the_worst_case_and_counts_who_was_beaten_by_what():

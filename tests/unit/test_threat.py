@@ -157,7 +157,7 @@ def test_other_bounds_hold():
     (("linf", 0.1, (1, 0)), "bounds are"),
     (("linf", 0.1, (0.5, 0.5)), "bounds are"),
     (("linf", 0.1, (0, float("nan"))), "bounds are"),
-])  # fmt: skip
+])
 def test_a_threat_model_refuses_bad_values(arguments, message):
     with pytest.raises(ValueError, match=message):
         ThreatModel(*arguments)
@@ -220,7 +220,7 @@ def shortest(norm, x, w, gap):
     if norm == "linf":
         sides = np.vstack([np.hstack([np.eye(len(x)), -one]), np.hstack([-np.eye(len(x)), -one])])
         return scipy.optimize.linprog(np.r_[0 * x, 1], sides, np.zeros(2 * len(x)), np.r_[w, 0][None], [gap],
-                                      [*box, (0, None)]).fun  # fmt: skip
+                                      [*box, (0, None)]).fun
     plane = {"type": "eq", "fun": lambda change: change @ w - gap, "jac": lambda change: w}
     return np.sqrt(scipy.optimize.minimize(lambda change: change @ change, 0 * x, jac=lambda change: 2 * change,
-                                           bounds=box, constraints=plane, method="SLSQP").fun)  # fmt: skip
+                                           bounds=box, constraints=plane, method="SLSQP").fun)

@@ -41,7 +41,7 @@ def noisy(seed=0):
     return keras.Sequential([
         layers.Input(SHAPE), layers.Conv2D(4, 3, activation="relu"), layers.BatchNormalization(), layers.Flatten(),
         layers.Dropout(0.3), layers.Dense(2),
-    ])  # fmt: skip
+    ])
 
 
 def linf(eps):
@@ -63,7 +63,7 @@ def trained(network, *, seed=0, model_seed=0, **options):
 
 @pytest.mark.parametrize("network", [plain, noisy])
 @pytest.mark.parametrize("adversary", [None, Adversary(0.03), Adversary(0.03, 3, True, False)],
-                         ids=["none", "mixed", "pgd"])  # fmt: skip
+                         ids=["none", "mixed", "pgd"])
 def test_training_lowers_the_loss(network, adversary):
     model = network()
     before = score(model, *toy(seed=1))
@@ -139,7 +139,7 @@ class Spy(layers.Layer):
 @pytest.mark.parametrize(("adversary", "images", "crafted"), [
     (None, N, 0), (Adversary(0.1), 2 * N, N), (Adversary(0.1, mixed=False), N, N),
     (Adversary(0.1, 3, True), 2 * N, 3 * N),
-])  # fmt: skip
+])
 def test_every_image_is_seen_once_an_epoch_with_its_adversary(adversary, images, crafted):
     spy = Spy()
     model = keras.Sequential([layers.Input(SHAPE), spy, *plain().layers])
@@ -229,7 +229,7 @@ def test_the_arguments_are_left_alone():
 @pytest.mark.parametrize("adversary", [
     Adversary(0.1), Adversary(0.1, 4), Adversary(0.1, 1, True, step_size=0.125), Adversary(0.1, 5, True, False),
     Adversary(0.0, 2, True), Adversary(1.0, 1, True),
-], ids=str)  # fmt: skip
+], ids=str)
 def test_crafted_images_keep_to_the_radius_and_the_bounds(adversary):
     x_adv = adversary.craft(noisy(), tf.constant(X), tf.constant(Y), tf.constant([0, 1])).numpy()
     assert np.abs(x_adv - X).max() <= adversary.eps + 1e-6
@@ -320,7 +320,7 @@ def test_only_what_is_asked_for_is_recorded_and_shown(capsys):
     ({"learning_rate": float("nan")}, ValueError, "learning_rate is nan"),
     ({"learning_rate": float("inf")}, ValueError, "learning_rate is inf"),
     ({"epochs": 1.5}, ValueError, "epochs is 1.5; expected a whole number"),
-])  # fmt: skip
+])
 def test_bad_arguments_of_fit_are_named(options, error, message):
     model = plain()
     with pytest.raises(error, match=message):
@@ -359,7 +359,7 @@ def test_a_network_that_ends_in_a_softmax_is_not_trained():
     ({"eps": 0.1, "steps": 1.5}, "steps is 1.5"),
     ({"eps": 0.1, "step_size": 0}, "step_size is 0"),
     ({"eps": 0.1, "step_size": -0.1}, "step_size is -0.1"),
-])  # fmt: skip
+])
 def test_bad_arguments_of_an_adversary_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         Adversary(**arguments)

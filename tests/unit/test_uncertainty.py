@@ -29,7 +29,7 @@ def network(rate=0.4, batch_norm=True):
         layers.Input(SHAPE), layers.Conv2D(4, 3, activation="relu"), *[layers.BatchNormalization()] * batch_norm,
         layers.Dropout(rate), layers.Flatten(), dense(8, activation="relu"),
         *[layers.BatchNormalization()] * batch_norm, layers.Dropout(rate), dense(3),
-    ])  # fmt: skip
+    ])
     for _ in range(20 * batch_norm):
         model(X, training=True)
     return model
@@ -38,14 +38,14 @@ def network(rate=0.4, batch_norm=True):
 def two_units(*rates):
     """A network whose two logits are the two pixels of an image, dropped out at each rate in turn."""
     return keras.Sequential([layers.Input(PAIR.shape[1:]), layers.Flatten(), *map(layers.Dropout, rates),
-                             layers.Dense(2, kernel_initializer="identity")])  # fmt: skip
+                             layers.Dense(2, kernel_initializer="identity")])
 
 
 NET, PLAIN = network(), network(batch_norm=False)
 
 probabilities = arrays.arrays(
     "float64", st.tuples(st.integers(2, 5), st.integers(1, 4), st.integers(2, 6)), elements=st.floats(-60, 60),
-).map(lambda z: softmax(z, axis=2).astype("float32"))  # fmt: skip
+).map(lambda z: softmax(z, axis=2).astype("float32"))
 
 
 # ── The metrics ──
@@ -101,7 +101,7 @@ def test_the_metrics_have_a_finite_gradient_where_a_probability_is_zero():
     (np.full((4, 3), 1 / 3), "p has shape"), (np.full((1, 4, 3), 1 / 3), "p has shape .1, 4, 3.*2 draws"),
     (np.full((2, 4, 3), 1 / 2), "p holds rows.*sum to 1"), (np.array([[[2.0, -1]]] * 2), "p holds rows.*negative"),
     (np.full((2, 4, 3), np.nan), "p holds rows"),
-])  # fmt: skip
+])
 def test_what_is_no_sample_of_probabilities_is_refused(p, message):
     with pytest.raises(ValueError, match=message):
         metrics(p)
@@ -128,7 +128,7 @@ def test_the_same_seed_gives_the_same_sample_and_another_seed_another():
 def test_a_result_depends_neither_on_the_batch_nor_on_the_other_images(order, n, batch_size):
     order = order[:n]
     np.testing.assert_allclose(sample(NET, X[order], draws=3, batch_size=batch_size),
-                               sample(NET, X, draws=3)[:, order], atol=1e-6)  # fmt: skip
+                               sample(NET, X, draws=3)[:, order], atol=1e-6)
 
 
 def test_a_thinned_network_is_the_same_for_every_image():
@@ -195,7 +195,7 @@ class Count(layers.Layer):
 def test_what_precedes_the_first_dropout_is_computed_once():
     before, after = Count(), Count()
     model = keras.Sequential([layers.Input(SHAPE), layers.Flatten(), layers.Dropout(0.0), before, layers.Dropout(0.5),
-                              after, dense(3)])  # fmt: skip
+                              after, dense(3)])
     sample(model, X, draws=9, batch_size=3)  # seven images: three batches
     assert float(before.batches) == 3 and float(after.batches) == 3 * 9
 
@@ -214,7 +214,7 @@ def functional():
     (functional(), 5, TypeError, "model is Functional.*Sequential"),
     (lambda x: x, 5, TypeError, "model is function.*Sequential"),
     (NET, 1, ValueError, "draws is 1.*at least 2"),
-])  # fmt: skip
+])
 def test_networks_that_cannot_be_thinned_are_refused(model, draws, error, message):
     with pytest.raises(error, match=message):
         thinned(model, draws)
@@ -230,6 +230,6 @@ def test_bad_images_are_refused(x, error):
 
 def test_a_dropout_of_whole_maps_is_refused():
     model = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.SpatialDropout2D(0.5), keras.layers.Flatten(),
-                              keras.layers.Dense(2)])  # fmt: skip
+                              keras.layers.Dense(2)])
     with pytest.raises(ValueError, match="drops whole maps"):
         thinned(model, 2)

@@ -29,7 +29,7 @@ def linear(w=W, bias=0.0):
     def model(x):
         difference = tf.reshape(x, (-1, len(w))) @ tf.constant(w)[:, None] + bias
         return tf.concat([-difference / 2, difference / 2], axis=1)
-    return model  # fmt: skip
+    return model
 
 
 @steady
@@ -49,7 +49,7 @@ def network(dropout=0.5):
     model = keras.Sequential([
         layers.Input(SHAPE), layers.Conv2D(6, 3, activation="relu"), layers.BatchNormalization(), layers.Flatten(),
         layers.Dropout(dropout), layers.Dense(3, kernel_initializer=keras.initializers.RandomNormal(stddev=1.0)),
-    ])  # fmt: skip
+    ])
     for _ in range(20):
         model(rng_images(64), training=True)  # moves the batch statistics away from 0 and 1
     return model
