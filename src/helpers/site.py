@@ -27,7 +27,7 @@ from helpers.files import atomic
 from helpers.profiles import PROFILES
 from helpers.records import Record, claims, compare
 
-MAX_BYTES = 2_000_000  # of an executed copy in the repository
+MAX_BYTES = 4_000_000  # of an executed copy in the repository
 MAX_CHARACTERS = 2_000  # of an error on a page
 
 
@@ -181,6 +181,14 @@ def _left_standing(rows, folder):
                        for row in rows}).savefig(path, dpi=150)
 
 
+def _primer(folder):
+    """Draw the primer's pictures."""
+    from helpers import primer
+
+    for name in ("binarization", "indicators"):
+        getattr(primer, name)().savefig(folder / f"book/_static/{name}.png", dpi=150)
+
+
 def render(book: Book) -> Path:
     """Lay out the pages and render them; return the site's first page."""
     stage(book)
@@ -209,6 +217,7 @@ def stage(book: Book) -> None:
             "errata": {chapter: errata(book, chapter) for chapter in shown},
             "runs": status(book), "failures": failures(book), "has_address": is_set(book.root)}
     _left_standing(data["left"], stage)
+    _primer(stage)
     for name in ("index.md", "ledger.md", "status.md"):
         text = pages.get_template(f"{name}.jinja").render(data)
         (stage / "book" / name).write_text(text, encoding="utf-8")

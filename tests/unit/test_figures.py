@@ -1,5 +1,7 @@
 """The figures: alternative text, metadata, colours that colour-blind readers tell apart, a slider without a kernel."""
 
+import base64
+import io
 import re
 from html.parser import HTMLParser
 from itertools import combinations
@@ -9,6 +11,7 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from PIL import Image
 from skimage.color import deltaE_ciede2000, rgb2lab
 
 from helpers import figures
@@ -235,3 +238,11 @@ def test_slider_refuses_what_it_cannot_label(n_frames, n_eps, label):
 def test_use_style_reaches_new_figures():
     figures.use_style()
     assert Figure().subplots().get_facecolor() == pytest.approx((0.980, 0.980, 0.969, 1), abs=1e-3)
+
+
+def test_a_picture_keeps_its_grey_levels():
+    """A palette of 256 colours is more than a perturbation away from a photograph."""
+    ramp = np.stack(np.meshgrid(np.linspace(0, 1, 80), np.linspace(0, 1, 80)) + [np.full((80, 80), 0.4)], axis=-1)
+    shown = [Image.open(io.BytesIO(base64.b64decode(figures.png(fig)))) for fig in (
+        figures.digit_grid([ramp], columns=1, size=2), figures.security_curve([0, 0.1], {"normal": [[1.0, 0.5]]}))]
+    assert [image.mode for image in shown] == ["RGB", "P"]
