@@ -242,7 +242,7 @@ def test_use_style_reaches_new_figures():
 
 def test_a_picture_keeps_its_grey_levels():
     """A palette of 256 colours is more than a perturbation away from a photograph."""
-    ramp = np.stack(np.meshgrid(np.linspace(0, 1, 80), np.linspace(0, 1, 80)) + [np.full((80, 80), 0.4)], axis=-1)
+    ramp = np.stack([*np.meshgrid(np.linspace(0, 1, 80), np.linspace(0, 1, 80)), np.full((80, 80), 0.4)], axis=-1)
     shown = [Image.open(io.BytesIO(base64.b64decode(figures.png(fig)))) for fig in (
         figures.digit_grid([ramp], columns=1, size=2), figures.security_curve([0, 0.1], {"normal": [[1.0, 0.5]]}))]
     assert [image.mode for image in shown] == ["RGB", "P"]
