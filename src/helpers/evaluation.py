@@ -169,15 +169,18 @@ def sanity_checks(defence, x, y, threat, *, attack=PGD, path=None, surrogate=Non
     assert threat.contains(images, x).all(), "the attack leaves the ball or the range of pixels"
     assert np.array_equal(run(eps=0.0, steps=2)[0], x), "the attack changes pixels at eps = 0"
     far = diameter(x.shape[1:], threat.norm, threat.bounds)
+    half = run(eps=threat.eps / 2)[1]
+    least = standard.fab(defence, x, y, threat, path=path, steps=steps, targets=3, smallest=True, seed=seed)
+    length = np.where(least.value > 0, threat.distance(least.images, x), np.inf)
     rows = [
-        flags.difference("success at eps less at eps / 2", strong, run(eps=threat.eps / 2)[1]),
+        flags.difference("success at eps less at eps / 2", strong, half),
         flags.share("success at the largest eps", run(eps=far, steps=4 * steps)[1], 0.99),  # the way there is long
         flags.difference("PGD less a single step", strong, attacks.fgsm(defence, x, y, threat, path=path).value > 0),
         flags.difference("twice the steps: gain of success", run(steps=2 * steps)[1], strong, 0.01, "<="),
         flags.difference("PGD less random noise", strong, evaded(threat.noise(x, (seed, 10**6)))),
         flags.difference("PGD less no attack", strong, evaded(x)),
-        flags.difference("PGD less the smallest change", strong,
-                         standard.fab(defence, x, y, threat, path=path, steps=steps, targets=3, seed=seed).value > 0),
+        flags.difference("PGD less the smallest change", strong, length <= threat.eps),
+        flags.difference("PGD at eps / 2 less the smallest change", half, length <= threat.eps / 2),
         flags.difference("PGD less a gradient-free attack", strong,
                          standard.square(defence, x, y, threat, queries=queries, seed=seed).value > 0),
         *gradient_flags(defence, x, y, path)]

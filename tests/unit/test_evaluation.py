@@ -516,6 +516,10 @@ def gives_up_on_large_radii(defence, x, y, threat, **options):
     return evaluation.PGD(defence, x, y, threat, **options) if threat.eps < 0.1 else judged(defence, x, y)
 
 
+def gives_up_on_small_radii(defence, x, y, threat, **options):
+    return evaluation.PGD(defence, x, y, threat, **options) if threat.eps > 0.1 else judged(defence, x, y)
+
+
 def goes_the_wrong_way(defence, x, y, threat, **options):
     options |= {"losses": (lambda outputs, y: -margin(outputs.logits, y),), "step_size": 1.0}
     return evaluation.PGD(defence, x, y, threat, **options)
@@ -530,6 +534,7 @@ def stops_too_early(defence, x, y, threat, **options):
     (never_moves, 0.15, {"success at the largest eps", "PGD less a single step", FREE, "PGD less the smallest change"}),
     (never_moves, 0.6, {"PGD less random noise"}),
     (gives_up_on_large_radii, 0.15, {"success at eps less at eps / 2"}),
+    (gives_up_on_small_radii, 0.15, {"PGD at eps / 2 less the smallest change"}),
     (goes_the_wrong_way, 0.15, {"PGD less a single step", FREE}),
     (stops_too_early, 0.15, {"twice the steps: gain of success"}),
 ])
@@ -571,7 +576,7 @@ def test_a_report_of_the_whole_set_on_a_sound_network(network, surrogate):
     check_report(report, network)
     assert report.sound, report.flags.to_string()
     assert [*report.attacks["attack"]] == ["none", *list(standard.STANDARD)[:-1], "transfer", "Square"]
-    assert "the whole set less PGD" in set(report.flags["check"]) and len(report.flags) == 15 + 2 + 6
+    assert "the whole set less PGD" in set(report.flags["check"]) and len(report.flags) == 16 + 2 + 6
     strong = attacks.pgd(network, X, Y, SMALL, restarts=2, losses=("margin", "cross-entropy"))
     assert 0 < report.left <= np.mean(strong.value <= 0)
 
