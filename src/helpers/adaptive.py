@@ -17,6 +17,7 @@ from helpers import attacks, rejection
 from helpers.checks import check_images, check_labels, check_positive
 from helpers.closeness import squared_distances
 from helpers.defence import Path, answers
+from helpers.losses import wrong
 from helpers.models import graph_of, traced
 from helpers.rejection import margin
 from helpers.search import Found, input_gradient, opened
@@ -39,8 +40,7 @@ class dense_margin:  # a value, not a closure: equal ones share their graphs
 
     def __call__(self, outputs, y):
         """Margin and density (n,) for the true labels `y` (n,)."""
-        true = tf.one_hot(y, tf.shape(outputs.logits)[1], True, False)
-        best = tf.argmax(tf.where(true, -np.inf, outputs.logits), axis=1)
+        best = tf.argmax(wrong(outputs.logits, y), axis=1)
         return margin(outputs, y) + self.weight * tf.gather(outputs.density, best, batch_dims=1)
 
 

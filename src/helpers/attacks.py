@@ -52,19 +52,15 @@ def _loop(aim, x, threat, loss, goal=None):
     return aim.compiled(_compile_loop, x.shape[1:], threat.norm, threat.bounds, loss, aim.descend, goal)
 
 
-def _radius(eps):
-    return np.full((1, 1, 1, 1), eps, "float32")
+def _move(aim, x, y, threat, loss, rows, current, reach, step_size, steps):
+    """Take `steps` steps from the `rows` of `current`, in place, each image within `reach` (n,) of its original."""
+    loop = _loop(aim, x, threat, loss)
 
+    def moved(current, x, y, reach, none, *rest):
+        return loop(current, x, none, x, y, reach[:, None, None, None], *rest)[:1]
 
-def _last(aim, x, y, threat, loss, steps, step_size):
-    """`Found` with the last iterate of `steps` steps from `x`."""
-    current, none = x.copy(), np.zeros(len(x), "float32")
-    for i in range(0, len(x), aim.batch_size):
-        b = slice(i, i + aim.batch_size)
-        args = current[b], x[b], none[b], x[b], y[b], _radius(threat.eps), step_size, steps
-        current[b] = _loop(aim, x, threat, loss)(*args)[0].numpy()
-    check_finite(current)
-    return Found(current, aim.values(current, y), np.full(len(x), steps))
+    reach = np.asarray(reach, "float32")
+    advance(moved, rows, aim.batch_size, (current,), (x, y, reach, np.zeros_like(reach)), step_size, steps)
 
 
 def fgsm(defence, x, y, threat, *, loss="cross-entropy", target=None, path=None, batch_size=500):
@@ -84,7 +80,10 @@ def bim(defence, x, y, threat, *, steps=10, step_size=None, loss="cross-entropy"
     aim, y, _ = opened(defence, x, y, threat, path=path, target=target, batch_size=batch_size, steps=steps,
                        step_size=step_size)
     _check_losses([loss])
-    return _last(aim, x, y, threat, loss, steps, step_size or threat.radius(x.shape[1:]) / steps)
+    current, step_size = x.copy(), step_size or threat.radius(x.shape[1:]) / steps
+    _move(aim, x, y, threat, loss, np.arange(len(x)), current, np.full(len(x), threat.eps), step_size, steps)
+    check_finite(current)
+    return Found(current, aim.values(current, y), np.full(len(x), steps))
 
 
 def _check_losses(losses):
@@ -137,11 +136,11 @@ def pgd(defence, x, y, threat, *, steps=40, step_size=None, restarts=1, losses=N
 
 def _ascend(aim, x, y, threat, loss, first, rows, found, steps, step_size, compact):
     """One run from `first` on the images `rows`; what it finds goes into `found`."""
-    loop, eps = _loop(aim, x, threat, loss, aim.goal), threat.eps
+    loop, eps = _loop(aim, x, threat, loss, aim.goal), np.full((1, 1, 1, 1), threat.eps, "float32")
     current, best, score = first.copy(), first.copy(), np.full(len(x), -np.inf, "float32")
     active, chunk = rows, 5 if compact or not aim.direct else steps
     for done in range(0, steps, chunk):
-        advance(lambda *rest: loop(*rest[:5], _radius(eps), *rest[5:]), active, aim.batch_size,
+        advance(lambda *rest: loop(*rest[:5], eps, *rest[5:]), active, aim.batch_size,
                 (current, best, score), (x, y), step_size, min(chunk, steps - done))
         found.steps[active] += min(chunk, steps - done)
         if not aim.direct:
@@ -170,16 +169,14 @@ def normalised(defence, x, y, threat, *, target, step_size=0.1, steps=1000, loss
                            steps=steps, step_size=step_size)
     _check_losses([loss])
     _check_l2(threat)
-    loop, none = _loop(aim, x, threat, loss), np.zeros(len(x), "float32")
-    found.value[:] = aim.values(x, y)
+    found.value[:], reach = aim.values(x, y), np.full(len(x), threat.eps)
     found.steps[:] = np.where(found.value > 0, 0, steps + 1)
     for step in range(1, steps + 1):
-        active = np.flatnonzero(found.steps > steps)
-        for i in range(0, len(active), batch_size):
-            b = active[i : i + batch_size]
-            moved = loop(found.images[b], x[b], none[b], x[b], y[b], _radius(threat.eps), step_size, 1)[0].numpy()
-            found.images[b], found.value[b] = moved, aim.values(moved, y[b])
-            found.steps[b[found.value[b] > 0]] = step
+        if not (active := np.flatnonzero(found.steps > steps)).size:
+            break
+        _move(aim, x, y, threat, loss, active, found.images, reach, step_size, 1)
+        found.value[active] = aim.values(found.images[active], y[active])
+        found.steps[active[found.value[active] > 0]] = step
     return found
 
 
@@ -210,14 +207,10 @@ def ddn(defence, x, y, threat, *, steps=100, radius=1.0, gamma=0.05, target=None
 
 def _ddn(aim, x, y, threat, found, nearness, rows, steps, radius, gamma):
     """One run of DDN from `radius` on the images `rows`; shorter changes that win go into `found` and `nearness`."""
-    loop, none = _loop(aim, x, threat, "cross-entropy"), np.zeros(len(x), "float32")
     current, reach = x.copy(), np.full(len(x), radius, "float32")
     for step in range(steps):
         size = radius * (0.01 + 0.495 * (1 + np.cos(np.pi * step / steps)))
-        for i in range(0, len(rows), aim.batch_size):
-            b = rows[i : i + aim.batch_size]
-            ball = np.minimum(reach[b], threat.eps)[:, None, None, None]
-            current[b] = loop(current[b], x[b], none[b], x[b], y[b], ball, size, 1)[0].numpy()
+        _move(aim, x, y, threat, "cross-entropy", rows, current, np.minimum(reach, threat.eps), size, 1)
         value, length = aim.values(current[rows], y[rows]), threat.distance(current[rows], x[rows])
         better = (value > 0) & (-length > nearness[rows])
         at = rows[better]

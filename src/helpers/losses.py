@@ -10,7 +10,7 @@ import tensorflow as tf
 
 def margin(logits, y):
     """Largest wrong logit minus the true logit, (n,): positive where the prediction is wrong."""
-    return tf.reduce_max(_wrong(logits, y), axis=1) - tf.gather(logits, y, batch_dims=1)
+    return tf.reduce_max(wrong(logits, y), axis=1) - tf.gather(logits, y, batch_dims=1)
 
 
 def cross_entropy(logits, y):
@@ -26,7 +26,7 @@ def minus_logit(logits, y):
 def log_odds(logits, y):
     """Log of the odds against `y`, log((1 - p) / p), (n,): rises with the cross-entropy, and its gradient has the same
     direction, but it does not vanish where the softmax saturates, as the cross-entropy's does in float32."""
-    return tf.reduce_logsumexp(_wrong(logits, y), axis=1) - tf.gather(logits, y, batch_dims=1)
+    return tf.reduce_logsumexp(wrong(logits, y), axis=1) - tf.gather(logits, y, batch_dims=1)
 
 
 def dlr(logits, y):
@@ -80,8 +80,8 @@ def on_outputs(loss, descend=False):
     return lambda outputs, *labels: tf.minimum(of_logits(outputs.logits, *labels), -outputs.refusal)
 
 
-def _wrong(logits, y):
-    """`logits` with minus infinity in the place of the true class."""
+def wrong(logits, y):
+    """`logits` (n, classes) with minus infinity in the place of the true class `y` (n,)."""
     logits = tf.convert_to_tensor(logits)  # of an array in float64 tf.where would make one in float32
     return tf.where(tf.one_hot(y, tf.shape(logits)[1], on_value=True, off_value=False), -np.inf, logits)
 

@@ -19,6 +19,7 @@ from helpers import files, models, svm
 from helpers.checks import check_images, check_labels, check_positive
 from helpers.defence import Network, Outputs
 from helpers.defence import Path as Way
+from helpers.losses import wrong
 from helpers.svm import SVM
 
 _ARRAYS = ("vectors", "columns", "weights", "bias")
@@ -43,10 +44,9 @@ def margin(outputs, y):
     `losses.evasion` is above 0 for the same images; below 0 this one climbs the wrong class even while a true one is
     sure.
     """
-    logits = tf.convert_to_tensor(outputs.logits)  # of an array in float64 tf.where would make one in float32
-    threshold = outputs.refusal + tf.reduce_max(logits, axis=1)
-    wrong = tf.where(tf.one_hot(y, tf.shape(logits)[1], True, False), -np.inf, logits)
-    return tf.reduce_max(wrong, axis=1) - tf.maximum(tf.gather(logits, y, batch_dims=1), threshold)
+    threshold = outputs.refusal + tf.reduce_max(outputs.logits, axis=1)
+    sure = tf.maximum(tf.gather(outputs.logits, y, batch_dims=1), threshold)
+    return tf.reduce_max(wrong(outputs.logits, y), axis=1) - sure
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +223,7 @@ def save(defence, folder):
     """Keep `defence` in `folder` as <SHA-256>.npz, its network beside it, and return that file name."""
     svms = [*defence.svms, *([defence.combiner] if defence.combiner else [])]
     about = {"network": models.save(defence.network, folder), "layers": defence.layers, "threshold": defence.threshold,
-             "svms": [{"gamma": each.gamma, "C": each.C} for each in svms]}
+             "width": defence.width, "svms": [{"gamma": each.gamma, "C": each.C} for each in svms]}
     arrays = {f"{i}.{name}": getattr(each, name) for i, each in enumerate(svms) for name in _ARRAYS}
     arrays |= {"about": np.array(json.dumps(about)), **({} if defence.platt is None else {"platt": defence.platt})}
     path = Path(folder) / f"{_digest(arrays)}.npz"
@@ -241,7 +241,7 @@ def load(path):
     svms = [SVM(*(arrays[f"{i}.{name}"] for name in _ARRAYS), **kept) for i, kept in enumerate(about["svms"])]
     n = len(about["layers"])
     return Rejection(network, tuple(about["layers"]), tuple(svms[:n]), svms[n] if len(svms) > n else None,
-                   arrays.get("platt"), about["threshold"])
+                   arrays.get("platt"), about["threshold"], about["width"])
 
 
 def _digest(arrays):

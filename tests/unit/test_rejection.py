@@ -357,6 +357,8 @@ def test_a_saved_defence_is_loaded_alike(defence, tmp_path):
     for found, expected in zip(answers(again, NEW), answers(defence.at(0.8), NEW), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-12)
     assert rejection.save(again, tmp_path) == name
+    wide = rejection.load(tmp_path / rejection.save(defence.smoothed(0.3), tmp_path))
+    assert wide.width == 0.3 and again.width == 1
     with np.load(tmp_path / name, allow_pickle=False) as npz:
         assert all(npz[key].dtype != object for key in npz)
 
