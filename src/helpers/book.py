@@ -56,9 +56,10 @@ class Book:
     def changed(self, executed: Path, record: Path) -> list[str]:
         """What has changed since a run, in sentences; nothing has: it is fresh."""
         ran = Record.load(record)
-        same = {"The notebook's code has changed since this run.":
-                same_code(nbformat.read(executed, 4), self.source(ran.chapter)),
-                "Its numbers were computed with earlier helpers.": ran.provenance.helpers_sha256 == helpers_sha256()}
+        code, about = same_code(nbformat.read(executed, 4), self.source(ran.chapter)), ran.provenance
+        computed = about.helpers_sha256 == helpers_sha256(about.helpers)
+        same = {"The notebook's code has changed since this run.": code,
+                "Its numbers were computed with earlier helpers.": computed}
         return [sentence for sentence, is_so in same.items() if not is_so]
 
 

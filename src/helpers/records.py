@@ -88,10 +88,15 @@ class Source(_Strict):
 
 
 class Provenance(_Strict):
-    """What made the numbers; outside a checkout `commit` is the version of the helpers and `dirty` None."""
+    """What made the numbers; outside a checkout `commit` is the version of the helpers and `dirty` None.
+
+    helpers, helpers_sha256 : the modules of helpers that the chapter had loaded, and the SHA-256 of their source; in
+    records from before they were told apart, of all.
+    """
 
     commit: str
     dirty: bool | None
+    helpers: list[str] | None = None
     helpers_sha256: Sha256
     python: str
     packages: dict[str, str]
@@ -115,11 +120,17 @@ class Curve(_Strict):
         return self
 
 
-def helpers_sha256() -> str:
-    """Return one SHA-256 of the source of the helpers that compute numbers: of what `sha256sum` prints of them."""
+def helpers_sha256(names: Iterable[str] | None = None) -> str:
+    """Return one SHA-256 of the source of helpers that compute numbers, of what `sha256sum` prints; None: of all."""
     computing = (path for path in sorted(_PACKAGE.glob("*.py")) if path.stem not in NO_COMPUTE)
-    sums = (f"{files.sha256(path)}  {path.name}\n" for path in computing)
+    sums = (f"{files.sha256(path)}  {path.name}\n" for path in computing if names is None or path.stem in names)
     return hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+def _loaded() -> list[str]:
+    """Names of the modules of helpers that compute numbers and have been imported."""
+    names = (name.removeprefix("helpers.") for name in sys.modules if name.startswith("helpers."))
+    return sorted(name for name in names if name not in NO_COMPUTE and "." not in name)
 
 
 def claims(path: str | Path | None = None) -> dict[str, Claim]:
@@ -210,7 +221,7 @@ class Record(_Strict):
         """
         commit, dirty = _revision()
         return cls(chapter=chapter, profile=profile, created=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", provenance={
-            "commit": commit, "dirty": dirty, "helpers_sha256": helpers_sha256(),
+            "commit": commit, "dirty": dirty, "helpers": (names := _loaded()), "helpers_sha256": helpers_sha256(names),
             "python": platform.python_version(), "device": _device(), "cpu_count": cpu_count(), "seconds": 0.0,
             "packages": versions(*PACKAGES), "datasets": dict(datasets)})
 

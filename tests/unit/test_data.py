@@ -23,7 +23,7 @@ from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 from helpers import data, files
 
 MIRROR = os.environ.get("HELPERS_DATA")
-NOT_EMBEDDED = [name for name in data.NAMES if name not in ("digits", "textures")]
+NOT_EMBEDDED = [name for name in data.NAMES if name not in ("digits", "textures", "ct_raw")]
 PARTS = ("x_train", "y_train", "x_test", "y_test")
 needs_mirror = pytest.mark.skipif(not MIRROR, reason="HELPERS_DATA is not set")
 
@@ -617,6 +617,23 @@ def test_the_real_set(name, monkeypatch, recwarn):
         assert ((y >= 0) & (y < n_classes)).all()
     assert not recwarn  # the arrays are those of sources.yml
     assert dataset.source == "mirror"
+
+
+@needs_mirror
+def test_a_slice_without_its_background_is_the_same_slice(monkeypatch):
+    monkeypatch.setenv("HELPERS_DATA", MIRROR)
+    raw, body = data.load("ct_raw"), data.load("ct")
+    np.testing.assert_array_equal(raw.y_test, body.y_test)
+    assert raw.sha256 != body.sha256 and raw.extra.keys() == body.extra.keys()
+    inside = body.x_test > 0
+    assert 0.1 < inside.mean() < 0.5 and not inside[:, [0, -1], [0, -1]].any()
+    for shown, image in zip(body.x_test[:50], raw.x_test[:50], strict=True):  # levels keep their order
+        levels, found = image[shown > 0], shown[shown > 0]
+        assert (np.diff(found[np.argsort(levels)]) >= 0).all()
+
+
+def test_a_slice_of_one_grey_has_no_body():
+    assert not data._body(np.full((64, 64), 0.4, np.float32)).any()
 
 
 @needs_mirror

@@ -302,8 +302,8 @@ def test_the_file_follows_the_schema_of_the_design(tmp_path):
     assert content["curves"] == {"accuracy": {"x": [0, 0.5], "series": {
         "normal": [[1, 0.5], [1, 0.25]], "mixed": [[1, 0.75]]}}}
     provenance = content["provenance"]
-    assert list(provenance) == ["commit", "dirty", "helpers_sha256", "python", "packages", "device", "cpu_count",
-                                "seconds", "datasets"]
+    assert list(provenance) == ["commit", "dirty", "helpers", "helpers_sha256", "python", "packages", "device",
+                                "cpu_count", "seconds", "datasets"]
     assert provenance["datasets"] == DATASETS
     assert set(provenance["packages"]) == {"numpy", "scipy", "scikit-learn", "scikit-image", "tensorflow", "keras"}
     assert "unknown" not in provenance["packages"].values()
@@ -466,7 +466,18 @@ def test_the_hash_of_the_helpers_is_what_sha256sum_prints():
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
              for path in sorted(Path(records.__file__).parent.glob("*.py")) if path.stem not in NO_COMPUTE]
     assert len(lines) > 10 and not any("cli.py" in line for line in lines)  # a page is not older for a new command
-    assert start().provenance.helpers_sha256 == hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert records.helpers_sha256() == hashlib.sha256("".join(lines).encode()).hexdigest()
+    two = [line for line in lines if line.split()[1] in ("checks.py", "flags.py")]
+    assert records.helpers_sha256(["flags", "checks"]) == hashlib.sha256("".join(two).encode()).hexdigest()
+
+
+def test_a_record_names_the_helpers_that_its_chapter_had_loaded():
+    about = start().provenance
+    assert {"checks", "flags"} <= set(about.helpers) and not NO_COMPUTE & set(about.helpers)
+    assert about.helpers_sha256 == records.helpers_sha256(about.helpers)
+    script = "from helpers import flags, records; print(*records.Record.start('00_x', 'smoke', {}).provenance.helpers)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["checks", "flags"]  # a change of another one does not make its page older
 
 
 @pytest.fixture
