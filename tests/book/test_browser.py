@@ -5,16 +5,19 @@ tests/book/node_modules (see .ci/run).
 """
 
 import io
+import json
 import os
 import shutil
 import threading
 import warnings
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
@@ -65,32 +68,52 @@ def server(folder):
         served.shutdown()
 
 
-@pytest.fixture
-def visit(browser, folder, server):
-    """Open a file of the site in a fresh window: (page, what went wrong). A request to anywhere but the site fails."""
-    windows = []
-
-    def open_page(path, query="", size="desktop", mode="light"):
-        window = browser.new_context(viewport=SIZES[size], color_scheme=mode, has_touch=size == "phone")
-        window.set_default_timeout(300_000)  # 30 s, the browser's own limit, passes on a busy machine
-        windows.append(window)
-        page, wrong = window.new_page(), []
-        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("requestfailed", lambda request: wrong.append(f"not loaded: {request.url}"))
-        page.route(lambda address: not address.startswith((server, "data:", "blob:")), lambda route: route.abort())
-        page.goto(f"{server}/{path.relative_to(folder)}{query}", wait_until="load")
-        page.evaluate(READY)
-        return page, wrong
-
-    yield open_page
-    for window in windows:
+@contextmanager
+def opened(browser, server, address, size="desktop", mode="light"):
+    """Open an address of the site in a fresh window: (page, what went wrong). A request to elsewhere fails."""
+    window = browser.new_context(viewport=SIZES[size], color_scheme=mode, has_touch=size == "phone")
+    window.set_default_timeout(300_000)  # 30 s, the browser's own limit, passes on a busy machine
+    page, wrong = window.new_page(), []
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("requestfailed", lambda request: wrong.append(f"not loaded: {request.url}"))
+    page.route(lambda address: not address.startswith((server, "data:", "blob:")), lambda route: route.abort())
+    page.goto(f"{server}/{address}", wait_until="load")
+    page.evaluate(READY)
+    try:
+        yield page, wrong
+    finally:
         window.close()
 
 
-def failing(pages, check):
-    """Pages that a check (page path -> what is wrong, or nothing) finds fault with."""
-    return {path.name: wrong for path in pages if (wrong := check(path))}
+@pytest.fixture
+def visit(browser, folder, server):
+    """Open a file of the site for this test: (page, what went wrong)."""
+    with ExitStack() as windows:
+        yield lambda path, query="", **look: windows.enter_context(
+            opened(browser, server, f"{path.relative_to(folder)}{query}", **look))
+
+
+@pytest.fixture
+def faults(shared, pages, browser, folder, server):
+    """What the checks of a look find on every page, name -> page -> fault.
+
+    A page is opened once in each look, by the first process of pytest that asks, and the others read what it found.
+    """
+    def of(look):
+        path, (options, checks) = shared / f"faults-{look}.json", LOOKS[look]
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                found = {check.__name__: {} for check in checks}
+                for place in pages:
+                    with opened(browser, server, place.relative_to(folder), **options) as (page, wrong):
+                        for check in checks:
+                            if fault := check(page, place, wrong):
+                                found[check.__name__][place.name] = fault
+                path.write_text(json.dumps(found), encoding="utf-8")
+            return json.loads(path.read_text(encoding="utf-8"))
+
+    return of
 
 
 def grey(page, locator):
@@ -99,61 +122,99 @@ def grey(page, locator):
     return np.asarray(Image.open(io.BytesIO(locator.screenshot())).convert("L"))
 
 
-def test_every_page_loads_without_a_network_and_without_an_error(pages, visit):
-    assert not failing(pages, lambda path: visit(path)[1])
+# ── What every page is looked through for, once in each look ──
+
+
+def loads_without_a_network_and_without_an_error(page, place, wrong):
+    return wrong
+
+
+def mathematics_is_typeset(page, place, wrong):
+    wanted, made = (page.locator(f"main {what}").count() for what in (".math", "mjx-container"))
+    left = page.locator("mjx-merror").count() + page.locator("main").inner_text().count("\\(")
+    few = place.name == "notation.html" and made <= 10
+    return [wanted, made, left] if made < wanted or left or few else None
+
+
+def no_table_breaks_a_number_or_a_part_of_a_claims_id(page, place, wrong):
+    broken = """cells => cells.flatMap(cell => [...cell.childNodes]).filter(node => {
+        const text = document.createRange();
+        text.selectNodeContents(node);
+        return node.nodeType === Node.TEXT_NODE && text.getClientRects().length > 1;
+    }).map(node => node.textContent)"""
+    numbers = page.locator(".cell_output table:not(.comparison, :has(tr > :nth-child(9))) td.whole")
+    ids = page.locator("table.comparison td:first-child")
+    if ("notebooks" in str(place)) != (numbers.count() > 5 and ids.count() > 2):
+        return [f"{numbers.count()} numbers and {ids.count()} ids were looked at"]
+    return numbers.evaluate_all(broken) + ids.evaluate_all(broken)
+
+
+def sliders_move_with_the_arrow_keys_and_change_the_picture(page, place, wrong):
+    found, sliders = [], page.locator("main .eps-slider input[type=range]").all()
+    for slider in sliders:
+        figure = slider.locator("xpath=ancestor::figure[1]")
+        slider.focus()
+        before = grey(page, figure.locator("img:visible")), figure.inner_text()
+        page.keyboard.press("End")
+        after = grey(page, figure.locator("img:visible")), figure.inner_text()
+        page.keyboard.press("Home")
+        again = grey(page, figure.locator("img:visible")), figure.inner_text()
+        if np.array_equal(before[0], after[0]) and np.array_equal(after[0], again[0]) or after[1] == again[1]:
+            found.append(slider.get_attribute("aria-label"))
+    return found if sliders or "notebooks" not in str(place) else ["a chapter without a slider"]
+
+
+def figures_are_legible_on_a_dark_page(page, place, wrong):
+    body = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    found = [] if sum(map(int, body[4:-1].split(","))) < 200 else [f"the page itself is {body}"]
+    for picture in page.locator(FIGURES).all():
+        if picture.is_visible():
+            dark, light = np.percentile(grey(page, picture), [0.5, 99.5])
+            found += [] if light - dark > 100 else [picture.get_attribute("alt")]
+    return found
+
+
+def a_phone_needs_no_sideways_scroll(page, place, wrong):
+    wide = page.evaluate("document.scrollingElement.scrollWidth - document.documentElement.clientWidth")
+    return wide if wide > 0 else None
+
+
+def axe_finds_no_serious_violation(page, place, wrong, rules=""):
+    page.add_style_tag(content="* { transition: none !important; }")  # or a colour is caught on its way
+    page.add_script_tag(path=AXE)
+    found = page.evaluate(f"axe.run(document, {{resultTypes: ['violations'], {rules}}})")["violations"]
+    return [f"{v['id']}: {v['nodes'][0]['html'][:150]} ({len(v['nodes'])})" for v in found
+            if v["impact"] in ("serious", "critical")]
+
+
+def axe_finds_no_colours_too_close(page, place, wrong):  # all else is the same in the dark
+    return axe_finds_no_serious_violation(page, place, wrong, "runOnly: {type: 'rule', values: ['color-contrast', 'link-in-text-block']}")
+
+
+LOOKS = {
+    "light": ({}, [loads_without_a_network_and_without_an_error, mathematics_is_typeset,
+                   no_table_breaks_a_number_or_a_part_of_a_claims_id,
+                   sliders_move_with_the_arrow_keys_and_change_the_picture, axe_finds_no_serious_violation]),
+    "dark": ({"mode": "dark"}, [figures_are_legible_on_a_dark_page, axe_finds_no_colours_too_close]),
+    "phone": ({"size": "phone"}, [a_phone_needs_no_sideways_scroll]),
+}
+
+
+@pytest.mark.parametrize(("look", "check"), [(look, check.__name__) for look, (_, checks) in LOOKS.items()
+                                             for check in checks])
+def test_on_every_page(faults, look, check):
+    if not AXE.exists():
+        lacking("axe-core")
+    assert not faults(look)[check]
+
+
+# ── Single pages ──
 
 
 def test_a_remote_request_or_an_error_would_be_seen(folder, visit):
     page, wrong = visit(folder / "book/primer.html")
     page.set_content('<img src="https://example.invalid/x.png"><script>console.error("oh"); throw Error("no")</script>')
     assert [any(what in line for line in wrong) for what in ("example.invalid", "oh", "no")] == [True] * 3
-
-
-def test_mathematics_is_typeset(pages, visit):
-    def check(path):
-        page, _ = visit(path)
-        wanted, made = (page.locator(f"main {what}").count() for what in (".math", "mjx-container"))
-        left = page.locator("mjx-merror").count() + page.locator("main").inner_text().count("\\(")
-        return (wanted, made, left) if made < wanted or left else None
-
-    assert not failing(pages, check)
-    assert visit(next(path for path in pages if path.name == "notation.html"))[0].locator("mjx-container").count() > 10
-
-
-def test_no_table_breaks_a_number_or_a_part_of_a_claims_id(pages, visit):
-    broken = """cells => cells.flatMap(cell => [...cell.childNodes]).filter(node => {
-        const text = document.createRange();
-        text.selectNodeContents(node);
-        return node.nodeType === Node.TEXT_NODE && text.getClientRects().length > 1;
-    }).map(node => node.textContent)"""
-
-    def check(path):
-        page, _ = visit(path)
-        numbers = page.locator(".cell_output table:not(.comparison, :has(tr > :nth-child(9))) td.whole")
-        ids = page.locator("table.comparison td:first-child")
-        assert ("notebooks" in str(path)) == (numbers.count() > 5 and ids.count() > 2)
-        return numbers.evaluate_all(broken) + ids.evaluate_all(broken)
-
-    assert not failing(pages, check)
-
-
-def test_sliders_move_with_the_arrow_keys_and_change_the_picture(pages, visit):
-    def check(path):
-        page, _ = visit(path)
-        wrong = []
-        for slider in page.locator("main input[type=range]").all():
-            figure = slider.locator("xpath=ancestor::figure[1]")
-            slider.focus()
-            before = grey(page, figure.locator("img:visible")), figure.inner_text()
-            page.keyboard.press("End")
-            after = grey(page, figure.locator("img:visible")), figure.inner_text()
-            page.keyboard.press("Home")
-            again = grey(page, figure.locator("img:visible")), figure.inner_text()
-            if np.array_equal(before[0], after[0]) and np.array_equal(after[0], again[0]) or after[1] == again[1]:
-                wrong.append(slider.get_attribute("aria-label"))
-        return wrong
-
-    assert not failing(pages, check)
 
 
 def test_a_slider_moves_under_a_finger(folder, visit):
@@ -178,12 +239,6 @@ def test_print_shows_the_strongest_attack_and_no_slider(folder, visit):
     assert figure.locator("output").inner_text() == frames.last.get_attribute("alt")
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert slider.input_value() == "1" and frames.nth(1).is_visible() and not frames.last.is_visible()
-
-
-def test_every_chapter_has_a_slider(site, folder, visit):
-    without = [name for name in site.chapters() if site.shown(name) and not visit(folder / f"notebooks/{name}.html")[0]
-               .locator("main input[type=range]").count()]
-    assert not without
 
 
 def test_search_finds_gradient_masking(folder, visit):
@@ -215,42 +270,3 @@ def test_the_ledger_can_be_searched_filtered_and_sorted(folder, visit):
     papers = page.locator("table.ledger tbody tr td:nth-child(2)").all_inner_texts()
     numbers = [float(text) for text in papers if text != "–"]
     assert len(numbers) > 9 and numbers == sorted(numbers) and set(papers[len(numbers):]) == {"–"}
-
-
-def test_figures_are_legible_on_a_dark_page(pages, visit):
-    def check(path):
-        page, _ = visit(path, mode="dark")
-        body = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        wrong = [] if sum(map(int, body[4:-1].split(","))) < 200 else [f"the page itself is {body}"]
-        for picture in page.locator(FIGURES).all():
-            if picture.is_visible():
-                dark, light = np.percentile(grey(page, picture), [0.5, 99.5])
-                wrong += [] if light - dark > 100 else [picture.get_attribute("alt")]
-        return wrong
-
-    assert not failing(pages, check)
-
-
-def test_a_phone_needs_no_sideways_scroll(pages, visit):
-    def check(path):
-        page, _ = visit(path, size="phone")
-        wide = page.evaluate("document.scrollingElement.scrollWidth - document.documentElement.clientWidth")
-        return wide if wide > 0 else None
-
-    assert not failing(pages, check)
-
-
-@pytest.mark.parametrize(("mode", "rules"), [("light", ""), ("dark", "runOnly: ['cat.color']")])  # all else is the same
-def test_axe_finds_no_serious_violation(pages, visit, mode, rules):
-    if not AXE.exists():
-        lacking("axe-core")
-
-    def check(path):
-        page, _ = visit(path, mode=mode)
-        page.add_style_tag(content="* { transition: none !important; }")  # or a colour is caught on its way
-        page.add_script_tag(path=AXE)
-        found = page.evaluate(f"axe.run(document, {{resultTypes: ['violations'], {rules}}})")["violations"]
-        return [f"{v['id']}: {v['nodes'][0]['html'][:150]} ({len(v['nodes'])})" for v in found
-                if v["impact"] in ("serious", "critical")]
-
-    assert not failing(pages, check)
