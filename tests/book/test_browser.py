@@ -188,7 +188,8 @@ def axe_finds_no_serious_violation(page, place, wrong, rules=""):
 
 
 def axe_finds_no_colours_too_close(page, place, wrong):  # all else is the same in the dark
-    return axe_finds_no_serious_violation(page, place, wrong, "runOnly: {type: 'rule', values: ['color-contrast', 'link-in-text-block']}")
+    rules = "runOnly: {type: 'rule', values: ['color-contrast', 'link-in-text-block']}"
+    return axe_finds_no_serious_violation(page, place, wrong, rules)
 
 
 LOOKS = {
