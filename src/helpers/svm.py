@@ -104,12 +104,16 @@ def squared_distances(a, rows=512, label=None):
     if each * n**2 > free:
         raise MemoryError(f"{n:,} samples need {each * n**2 / 1e9:.3g} GB for their kernel, {free / 1e9:.3g} GB are "
                           f"free: fit at most {int((free / each) ** 0.5):,}")
-    out, norms = np.empty((n, n), np.float32), np.einsum("ij,ij->i", a, a, dtype=np.float64).astype("float32")
+    # The square of a common offset would swallow the distances: in float32 there are seven digits for both.
+    out, centre, parts = np.empty((n, n), np.float32), a.mean(axis=0, dtype=np.float64).astype(a.dtype), []
     with tf.device("CPU"):  # TensorFlow's product is twice as fast as NumPy's where there is AVX-512; a GPU rounds more
-        parts = [(slice(i, i + rows), tf.constant(a[i : i + rows], tf.float32)) for i in range(0, n, rows)]
-        for done, (i, left) in enumerate(tqdm(parts, desc=label, disable=label is None, unit="block")):
-            for j, right in parts[: done + 1]:
-                block = -2 * tf.matmul(left, right, transpose_b=True).numpy() + norms[i, None] + norms[j]
+        for i in range(0, n, rows):
+            part = (a[i : i + rows] - centre).astype("float32")
+            norms = np.einsum("ij,ij->i", part, part, dtype=np.float64).astype("float32")
+            parts.append((slice(i, i + rows), tf.constant(part), norms))
+        for done, (i, left, norms) in enumerate(tqdm(parts, desc=label, disable=label is None, unit="block")):
+            for j, right, others in parts[: done + 1]:
+                block = -2 * tf.matmul(left, right, transpose_b=True).numpy() + norms[:, None] + others
                 out[i, j] = np.maximum(block, 0, out=block)
                 out[j, i] = block.T
     np.fill_diagonal(out, 0)

@@ -122,6 +122,13 @@ def test_distances_do_not_depend_on_the_blocks(rows):
     assert not found.diagonal().any() and found.dtype == np.float32
 
 
+def test_an_offset_that_all_features_share_costs_no_digits():
+    h = np.random.default_rng(0).normal(100, 0.01, (30, 12544)).astype("float32")
+    wide = h.astype("float64")
+    exact = ((wide[:, None] - wide) ** 2).sum(axis=-1)
+    np.testing.assert_allclose(svms.squared_distances(h, 7), exact, atol=1e-5)  # about 2.5; 70 too large once
+
+
 @pytest.mark.parametrize(("omp", "threads"), [("", 1), ("3", 3)])
 def test_the_machines_are_fitted_on_the_cores_that_the_process_may_use(monkeypatch, omp, threads):
     asked, pool = [], svms.ThreadPoolExecutor
