@@ -1,12 +1,14 @@
 """Closeness to a class: how near an image's last hidden activations lie to the training images of that class."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import tensorflow as tf
 
-from helpers.checks import check_images, check_labels, check_positive
+from helpers.checks import check_images, check_labels, check_positive, known
 from helpers.models import graph_of, part, predict
+
+FLOOR = 1e-7  # of a class's mean share, so that a unit which that class never uses costs much and not infinitely much
 
 
 def last_hidden(model):
@@ -28,24 +30,32 @@ class Closeness:
     ----------
     points : one (m, d) float32 array of last hidden activations a class.
     bandwidth : sigma of the kernel exp(-|x - y|^2 / sigma^2) of Eqn. 9; the paper has 1.70 (MNIST), 1.00 (Fashion).
+    pmf : how activations become distributions, a name in `DISTRIBUTIONS`; the paper leaves it open.
     """
 
     points: tuple[np.ndarray, ...]
     bandwidth: float
+    pmf: str = "sum"
 
     @classmethod
-    def fit(cls, features, labels, bandwidth, classes=10):
-        """Sort activations (n, d) by class. Raises ValueError for a bandwidth <= 0 or a class without an image."""
+    def fit(cls, features, labels, bandwidth, classes=10, pmf="sum"):
+        """Sort activations (n, d) by class.
+
+        Raises ValueError for a bandwidth <= 0, a class without an image, and negative activations to be divided by
+        their sum.
+        """
         check_positive(bandwidth=bandwidth)
+        if known("pmf", pmf, DISTRIBUTIONS) == "sum" and np.min(features) < 0:
+            raise ValueError(f"features go down to {np.min(features):.3g}; expected none below 0, or pmf='softmax'")
         labels = check_labels(labels, len(features), classes)
         points = tuple(np.asarray(features[labels == c], "float32") for c in range(classes))
         if missing := [c for c, members in enumerate(points) if not len(members)]:
             raise ValueError(f"labels lack the classes {missing}; expected a training image of each of {classes}")
-        return cls(points, float(bandwidth))
+        return cls(points, float(bandwidth), pmf)
 
     def thin(self, n):
         """The same with the first `n` points of each class."""
-        return Closeness(tuple(members[:n] for members in self.points), self.bandwidth)
+        return replace(self, points=tuple(members[:n] for members in self.points))
 
     def log_density(self, features, classes, batch_size=500):
         """Logarithm of the mean kernel (Eqn. 9) between activations (n, d) and the points of `classes` (n,)."""
@@ -60,11 +70,11 @@ class Closeness:
     def kl(self, features, classes):
         """KL divergence (nats) of activations (n, d), turned into distributions, from the mean ones of `classes`."""
         classes = check_labels(classes, len(features), len(self.points))
-        return np.take_along_axis(divergences(features, self.means()).numpy(), classes[:, None], 1)[:, 0]
+        return np.take_along_axis(divergences(features, self.means(), self.pmf).numpy(), classes[:, None], 1)[:, 0]
 
     def means(self):
         """Mean distribution of each class, (classes, d): Q of Eqn. 12."""
-        return np.stack([distribution(members).numpy().mean(axis=0) for members in self.points])
+        return np.stack([DISTRIBUTIONS[self.pmf](members).numpy().mean(axis=0) for members in self.points])
 
     def lid(self, features, neighbours=20, reference=200):
         """Local intrinsic dimensionality (n,) of activations (n, d), by maximum likelihood (Ma et al. 2018, Eqn. 4).
@@ -78,15 +88,18 @@ class Closeness:
         return _lid(features, points, neighbours).numpy()
 
 
-def distribution(features):
-    """Activations (n, d) as distributions, by a softmax; the paper leaves its "necessary conversions" open."""
-    return tf.nn.softmax(features)
+def shares(features):
+    """Activations (n, d) >= 0 as distributions: each divided by the sum of all."""
+    return features / tf.maximum(tf.reduce_sum(features, axis=-1, keepdims=True), FLOOR)
 
 
-def divergences(features, means):
+DISTRIBUTIONS = {"sum": shares, "softmax": tf.nn.softmax}  # the paper's "necessary conversions"
+
+
+def divergences(features, means, pmf="sum"):
     """D_KL(P || Q_c) of Eqn. 11 in nats, (n, classes), of activations (n, d) from mean distributions (classes, d)."""
-    p, log_p = distribution(features), tf.nn.log_softmax(features)
-    log_q = tf.math.log(tf.maximum(means, 1e-30))  # a mean may underflow where a class never goes
+    p = DISTRIBUTIONS[pmf](features)
+    log_p, log_q = tf.math.log(tf.maximum(p, 1e-30)), tf.math.log(tf.maximum(means, FLOOR))
     return tf.reduce_sum(p * log_p, axis=1, keepdims=True) - tf.matmul(p, log_q, transpose_b=True)
 
 

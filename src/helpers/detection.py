@@ -1,22 +1,24 @@
 """Detecting adversarial images: six features, a logistic regression over them, and the attacker who knows both."""
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import NamedTuple
 
 import keras
 import numpy as np
 import pandas as pd
 import tensorflow as tf
+from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from helpers import closeness, uncertainty
-from helpers.defence import Network, Outputs, Path
+from helpers import attacks, closeness, uncertainty
+from helpers.defence import Network, Outputs, Path, as_defence
 from helpers.losses import evasion, margin
 from helpers.models import graph_of, inference, predict
-from helpers.threat import noise
+from helpers.search import Found
 
 FEATURES = (*uncertainty.METRICS, "KDE", "KL")
 
@@ -36,8 +38,53 @@ def features(model, x, near, *, draws=50, seed=0):
 
 
 def noisy(x, x_adv, seed=0):
-    """Images `x` with Gaussian noise of the length (L2) of each one's adversarial change, clipped to [0, 1]."""
-    return noise(x, "l2", np.linalg.norm((x_adv - x).reshape(len(x), -1), axis=1), seed=seed)
+    """Images `x` with Gaussian noise as long (L2) as each one's adversarial change *after* it is clipped to [0, 1].
+
+    Clipping shortens, so the noise is stretched until what is left of it has the length; where no noise in that
+    direction is so long, it is as long as it can be.
+    """
+    wanted = np.linalg.norm((x_adv - x).reshape(len(x), -1), axis=1)
+    direction = np.random.default_rng(seed).standard_normal(x.shape).astype("float32")
+    low, high = np.zeros(len(x)), np.full(len(x), 1e4)
+
+    def stretched(factor):
+        return np.clip(x + factor.astype("float32").reshape(-1, 1, 1, 1) * direction, 0, 1)
+
+    for _ in range(50):
+        middle = (low + high) / 2
+        short = np.linalg.norm((stretched(middle) - x).reshape(len(x), -1), axis=1) < wanted
+        low, high = np.where(short, middle, low), np.where(short, high, middle)
+    return stretched(low)
+
+
+class Area(NamedTuple):
+    """Area under a ROC curve, and what each image adds to its error, (n,), mean 0.
+
+    Areas of detectors on the same images are compared by the difference of their `parts`.
+    """
+
+    value: float
+    parts: np.ndarray
+
+    @property
+    def error(self):
+        """Standard error over images."""
+        return float(self.parts.std(ddof=1) / len(self.parts) ** 0.5)
+
+
+def area(positives, negatives):
+    """`Area` from scores: `positives` (n,), `negatives` (k, n), k negatives that come from the same n images.
+
+    DeLong et al. (1988), with the images as clusters (Obuchowski 1997): an attacked image and its own clean and noisy
+    versions are not independent.
+    """
+    negatives = np.atleast_2d(negatives)
+    n, flat = len(positives), negatives.ravel()
+    rank = rankdata(np.concatenate([positives, flat]))
+    above = (rank[:n] - rankdata(positives)) / len(flat)  # share of the negatives below each positive
+    below = 1 - (rank[n:] - rankdata(flat)) / n  # share of the positives above each negative
+    value = above.mean()
+    return Area(float(value), above + below.reshape(negatives.shape).mean(axis=0) - 2 * value)
 
 
 @dataclass(frozen=True)
@@ -84,9 +131,8 @@ class Guarded:
     """A network with a detector beside it: a `helpers.defence.Defence` that refuses what the detector flags.
 
     model : keras.Sequential with dropout. near : closeness.Closeness of its training activations. threshold : log-odds
-    above which an image is flagged. draws, seed : of the Monte-Carlo dropout; the masks are drawn once.
-    known, points : thinned networks and points of each class that an attacker differentiates; None: as many as there
-    are. His masks are his own.
+    above which an image is flagged. draws, seed : of the Monte-Carlo dropout, whose masks are drawn anew at every call.
+    known : draws of the attacker's gradient; None: as many as are deployed. His masks are fresh ones as well.
     """
 
     model: keras.Model
@@ -96,27 +142,32 @@ class Guarded:
     draws: int = 50
     seed: int = 0
     known: int | None = None
-    points: int | None = None
 
-    randomised = False
+    randomised = True
 
     def __call__(self, x):
         """Logits of images `x` (n, h, w, c), a tensor, and how far the detector's log-odds lie above the threshold."""
-        return self._answer(x)
+        return self._answer(x, tf.constant(self._rng.integers(2**31), tf.int64))
+
+    @cached_property
+    def _rng(self):
+        return np.random.default_rng(self.seed)
 
     @cached_property
     def _answer(self):
         with tf.init_scope():
-            return _guarded(self.model, self.detector, self.near, self.threshold, self.draws, self.seed)
+            return _guarded(self.model, self.detector, self.near, self.threshold, self.draws)
 
     def paths(self, seed=0):
-        """The network alone; network and detector, with the attacker's own masks and a part of the points."""
+        """The network alone; network and detector, whole, with masks of the attacker's own: EOT."""
         def build():
-            near = self.near.thin(self.points) if self.points else self.near
-            return _guarded(self.model, self.detector, near, self.threshold, self.known or self.draws, seed + 999)
+            attacker = replace(self, draws=self.known or self.draws, seed=seed + 999)
+            if attacker.draws == self.draws:
+                attacker.__dict__["_answer"] = self._answer  # one graph for both
+            return attacker
 
-        key = "guarded", seed, self.known, self.points
-        return {"unaware": Path(Network(self.model)), "exact": Path(graph_of(self, key, build), (evasion, in_turn))}
+        return {"unaware": Path(Network(self.model)),
+                "EOT": Path(graph_of(self, ("EOT", seed), build), (evasion, in_turn))}
 
 
 def in_turn(outputs, y):
@@ -125,26 +176,60 @@ def in_turn(outputs, y):
     return tf.where(wrong > 0, -outputs.refusal, wrong)
 
 
-def _guarded(model, detector, near, threshold, draws, seed):
-    """A TensorFlow function from images to `Outputs`: the same features as `features`, differentiable.
+@dataclass(frozen=True)
+class Weighed:
+    """A loss to descend towards a wanted class: refusal, times `weight`, less the class's margin up to `enough`."""
 
-    Monte-Carlo dropout is the mean of `draws` thinned networks (expectation over fixed masks).
+    weight: float
+    enough: float
+
+    def __call__(self, outputs, wanted):
+        """Of `outputs` for classes `wanted` (n,), the loss (n,)."""
+        return self.weight * outputs.refusal - tf.minimum(-margin(outputs.logits, wanted), self.enough)
+
+
+def informed(defence, x, y, threat, *, weights=(Weighed(1.0, 10.0), Weighed(0.1, 10.0)), targets=2, steps=50,
+             path="EOT", start=None, batch_size=100, seed=0):
+    """Drive each image to high confidence in a wrong class, and the refusal down: the attacker of chapter 04.
+
+    Towards the `targets` likeliest wrong classes of `x`, one after the other; for each of them the losses `weights` are
+    descended in turn, the first from `start`, the others from where the one before has ended. Images that win on what
+    is deployed, by the median of its draws, leave. Gives back `Found` by `evasion`.
     """
-    networks, hidden_of = uncertainty.thinned(model, draws, seed), inference(closeness.last_hidden(model))
+    logits = predict(as_defence(defence), x, batch_size).logits
+    order = np.argsort(np.where(np.eye(logits.shape[1])[y] > 0, -np.inf, logits), axis=1)[:, ::-1]
+    found = Found(x.copy(), np.full(len(x), -np.inf, "float32"), np.zeros(len(x), int))
+    for k in range(min(targets, logits.shape[1] - 1)):
+        at = (start if start is not None else x).copy()
+        for loss in weights:
+            left = found.left()
+            if not left.size:
+                return found
+            one = attacks.pgd(defence, x[left], y[left], threat, target=order[left, k], start=at[left], losses=(loss,),
+                              steps=steps, path=path, compact=True, batch_size=batch_size, seed=seed)
+            found.offer(one.images, one.value, left)
+            found.steps[left] += one.steps
+            at[left] = one.images
+    return found
+
+
+def _guarded(model, detector, near, threshold, draws):
+    """A TensorFlow function from images and a seed to `Outputs`: the same features as `features`, differentiable."""
+    votes, hidden_of = uncertainty.fresh(model, draws), inference(closeness.last_hidden(model))
     points, means = np.concatenate(near.points), near.means()
     owner = np.repeat(np.arange(len(near.points)), [len(members) for members in near.points])
     centre = points.mean(axis=0)
 
-    def outputs(x):
+    @partial(tf.function, reduce_retracing=True)
+    def outputs(x, seed):
         hidden = hidden_of(x)
         logits = model.layers[-1](hidden)
         predicted = tf.argmax(logits, axis=1)
-        values = uncertainty.formulas(networks(x))
+        values = uncertainty.formulas(votes(x, seed))
         values["KDE"] = closeness.log_density(hidden - centre, points - centre, near.bandwidth,
                                               predicted[:, None] == owner[None, :])
-        values["KL"] = tf.gather(closeness.divergences(hidden, means), predicted, batch_dims=1)
+        values["KL"] = tf.gather(closeness.divergences(hidden, means, near.pmf), predicted, batch_dims=1)
         log_odds = sum(weight * values[name] for name, weight in detector.weights.items()) + detector.offset
         return Outputs(logits, log_odds - threshold)
 
-    outputs.randomised = False  # the masks are drawn once
     return outputs

@@ -1,5 +1,7 @@
 """Uncertainty by Monte-Carlo dropout: what thinned copies of a network disagree about (paper 04, Sections 3.3-3.4)."""
 
+from functools import partial
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -20,6 +22,30 @@ def thinned(model, draws, seed=0):
     Raises TypeError unless `model` is a keras.Sequential, ValueError if it is `randomised` beyond its dropout, has no
     dropout or `draws` < 2.
     """
+    rates, rng = _rates(model, draws), np.random.default_rng(seed)
+    kept = [rng.random((draws, *model.layers[i].output.shape[1:])) >= rate for i, rate in rates.items()]
+    masks = [(k / (1 - rate)).astype(model.compute_dtype) for k, rate in zip(kept, rates.values(), strict=True)]
+    return partial(_voted, _voter(model, rates), model, masks=masks)
+
+
+def fresh(model, draws):
+    """Like `thinned`, but a function of images and a seed, a tensor, by which networks are drawn at every call."""
+    rates = _rates(model, draws)
+    voter = _voter(model, rates)
+
+    def probabilities(x, seed):
+        masks = []
+        for i, rate in rates.items():
+            shape = (draws, *model.layers[i].output.shape[1:])
+            kept = tf.random.stateless_uniform(shape, tf.stack([seed, tf.cast(i, seed.dtype)])) >= rate
+            masks.append(tf.cast(kept, model.compute_dtype) / (1 - rate))
+        return _voted(voter, model, x, masks)
+
+    return probabilities
+
+
+def _rates(model, draws):
+    """Rate of each dropout layer of `model` by its place, once both arguments are checked."""
     if not isinstance(model, keras.Sequential):
         raise TypeError(f"model is {type(model).__name__}; expected a keras.Sequential network")
     if randomised(model):
@@ -31,24 +57,29 @@ def thinned(model, draws, seed=0):
         raise ValueError(f"model drops whole maps in {odd}; expected keras.layers.Dropout, which drops single units")
     if draws < 2:
         raise ValueError(f"draws is {draws}; expected at least 2 (the paper's T)")
-    rng, first = np.random.default_rng(seed), dropouts[0]
-    rates = {i: model.layers[i].rate for i in dropouts}
-    kept = [rng.random((draws, *model.layers[i].output.shape[1:])) >= rate for i, rate in rates.items()]
-    masks = [(k / (1 - rate)).astype(model.compute_dtype) for k, rate in zip(kept, rates.values(), strict=True)]
+    return {i: model.layers[i].rate for i in dropouts}
+
+
+def _voter(model, rates):
+    """One thinned network, from what enters the first dropout and a mask for each dropout to probabilities."""
+    first = min(rates)
 
     @tf.function  # a graph of its own: faster than the same steps written into the loop over draws
-    def draw(hidden, *masks):
+    def vote(hidden, *masks):
         masks = iter(masks)
         for i, layer in enumerate(model.layers[first:], first):
             hidden = hidden * next(masks) if i in rates else layer(hidden, training=False)
         return tf.nn.softmax(hidden)
 
-    def probabilities(x):
-        for layer in model.layers[:first]:
-            x = layer(x, training=False)
-        return tf.map_fn(lambda masks: draw(x, *masks), masks, fn_output_signature=model.compute_dtype)
+    vote.first = first
+    return vote
 
-    return probabilities
+
+def _voted(vote, model, x, masks):
+    """Probabilities (draws, n, classes) of the networks that `masks` leave."""
+    for layer in model.layers[:vote.first]:
+        x = layer(x, training=False)
+    return tf.map_fn(lambda masks: vote(x, *masks), masks, fn_output_signature=model.compute_dtype)
 
 
 def sample(model, x, *, draws=50, seed=0, batch_size=500):

@@ -1,5 +1,7 @@
 """Closeness: density, divergence and local dimension are those of scikit-learn, SciPy and their formulas."""
 
+from dataclasses import replace
+
 import hypothesis.strategies as st
 import keras
 import numpy as np
@@ -74,7 +76,7 @@ def test_the_log_density_is_that_of_scikit_learn(n, d, sigma, away, origin, seed
     draw = np.random.default_rng(seed)
     points = (origin + draw.normal(0, 2, (n, d))).astype("float32")
     queries = (origin + draw.normal(0, 2, (7, d)) + away).astype("float32")
-    found = Closeness.fit(points, np.zeros(n, int), sigma, 1).log_density(queries, np.zeros(7, int))
+    found = Closeness((points,), sigma).log_density(queries, np.zeros(7, int))
     expected = of_sklearn(points, queries, sigma)
     assert found.dtype == np.float32 and np.isfinite(found).all()
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * 4 * d / sigma**2)  # terms of that size cancel
@@ -127,13 +129,37 @@ def test_the_gradient_of_the_log_density_is_that_of_finite_differences(away, res
 # ── KL divergence ──
 
 
-def test_kl_is_that_of_scipy():
-    found = NEAR.kl(QUERIES, ASKED)
+def by_hand(features, pmf):
+    """Distributions in float64, a row an image."""
+    exact = np.atleast_2d(features).astype("float64")
+    return softmax(exact, axis=1) if pmf == "softmax" else exact / np.maximum(exact.sum(axis=1, keepdims=True), 1e-7)
+
+
+@pytest.mark.parametrize("pmf", closeness.DISTRIBUTIONS)
+def test_kl_is_that_of_scipy(pmf):
+    found = replace(NEAR, pmf=pmf).kl(QUERIES, ASKED)
     for i, c in enumerate(ASKED):
-        p, q = softmax(QUERIES[i].astype("float64")), softmax(OF_CLASS[c].astype("float64"), axis=1).mean(axis=0)
-        np.testing.assert_allclose(found[i], scipy.stats.entropy(p, q), rtol=1e-5, atol=1e-6)
+        p, q = by_hand(QUERIES[i], pmf)[0], by_hand(OF_CLASS[c], pmf).mean(axis=0)
         np.testing.assert_allclose(found[i], rel_entr(p, q).sum(), rtol=1e-5, atol=1e-6)
+        if pmf == "softmax":  # SciPy's makes sums of 1 by itself
+            np.testing.assert_allclose(found[i], scipy.stats.entropy(p, q), rtol=1e-5, atol=1e-6)
     assert (found > 0.01).all()
+
+
+def test_a_unit_that_a_class_never_uses_costs_much_and_not_infinitely_much():
+    near = Closeness((np.array([[1.0, 0.0]], "float32"),), 1.0)
+    found = near.kl(np.array([[1.0, 0.0], [0.5, 0.5], [0.0, 0.0]], "float32"), np.zeros(3, int))
+    expected = np.log(0.5) - 0.5 * np.log(closeness.FLOOR)
+    np.testing.assert_allclose(found, [0, expected, 0], rtol=1e-5, atol=1e-6)  # no activation at all: no divergence
+
+
+def test_negative_activations_have_no_shares():
+    with pytest.raises(ValueError, match="features go down to -1.*softmax"):
+        Closeness.fit(-POINTS / POINTS.max(), LABELS, SIGMA, CLASSES)
+    near = Closeness.fit(-POINTS / POINTS.max(), LABELS, SIGMA, CLASSES, pmf="softmax")
+    assert near.pmf == near.thin(2).pmf == "softmax"
+    with pytest.raises(ValueError, match="pmf"):
+        Closeness.fit(POINTS, LABELS, SIGMA, CLASSES, pmf="L2")
 
 
 def test_the_divergence_from_itself_is_zero():
@@ -145,7 +171,7 @@ def test_the_divergence_from_itself_is_zero():
 def test_divergences_are_from_every_class():
     found = closeness.divergences(tf.constant(QUERIES), NEAR.means()).numpy()
     np.testing.assert_allclose(found, np.stack([NEAR.kl(QUERIES, np.full(11, c)) for c in range(CLASSES)], axis=1))
-    np.testing.assert_allclose(NEAR.means().sum(axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(replace(NEAR, pmf="softmax").means().sum(axis=1), 1, rtol=1e-6)
 
 
 # ── Local intrinsic dimensionality ──

@@ -1,5 +1,8 @@
 """The detector is scikit-learn's regression, and its attacker differentiates exactly what it computes."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import hypothesis.strategies as st
 import keras
 import numpy as np
@@ -9,14 +12,15 @@ import tensorflow as tf
 from hypothesis import given
 from keras import layers
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from helpers import attacks, closeness, uncertainty
 from helpers.closeness import Closeness
-from helpers.defence import answers
-from helpers.detection import FEATURES, Detector, Guarded, features, in_turn, noisy
-from helpers.evaluation import correct, logits, outcomes
+from helpers.defence import Outputs
+from helpers.detection import FEATURES, Area, Detector, Guarded, Weighed, area, features, in_turn, informed, noisy
+from helpers.evaluation import logits, outcomes
 from helpers.losses import evasion, margin
 from helpers.models import as_float64
 from helpers.threat import ThreatModel
@@ -33,7 +37,7 @@ def network():
     wide = keras.initializers.RandomNormal(stddev=0.7)
     model = keras.Sequential([
         layers.Input(SHAPE), layers.Conv2D(4, 3, activation="tanh"), layers.BatchNormalization(), layers.Dropout(0.3),
-        layers.Flatten(), layers.Dense(8, "tanh", kernel_initializer=wide), layers.Dropout(0.3),
+        layers.Flatten(), layers.Dense(8, "softplus", kernel_initializer=wide), layers.Dropout(0.3),
         layers.Dense(3, kernel_initializer=wide),
     ])
     for _ in range(20):
@@ -83,14 +87,13 @@ def test_features_are_those_of_the_predicted_class():
 # ── Noise of the length of an attack ──
 
 
-@given(st.floats(0, 0.02), st.integers(0, 99))
-def test_noise_has_the_length_of_the_change_where_nothing_is_clipped(eps, seed):
-    x = 0.4 + X / 5
-    x_adv = (x + eps * np.sign(X - 0.3)).astype("float32")
-    found = noisy(x, x_adv, seed)
-    assert found.shape == x.shape and found.dtype == np.float32 and found.min() > 0 and found.max() < 1
+@given(st.floats(0, 0.5), st.integers(0, 99))
+def test_noise_has_the_length_of_the_change_even_where_it_is_clipped(eps, seed):
+    x_adv = np.clip(X + eps * np.sign(X - 0.3), 0, 1).astype("float32")
+    found = noisy(X, x_adv, seed)
+    assert found.shape == X.shape and found.dtype == np.float32 and found.min() >= 0 and found.max() <= 1
     length = ThreatModel("l2", 0).distance
-    np.testing.assert_allclose(length(found, x), length(x_adv, x), rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(length(found, X), length(x_adv, X), rtol=1e-3, atol=1e-5)
 
 
 def test_every_image_gets_noise_of_its_own_length_and_the_seed_fixes_it():
@@ -108,6 +111,43 @@ def test_every_image_gets_noise_of_its_own_length_and_the_seed_fixes_it():
 def test_noisy_images_stay_within_the_pixels():
     found = noisy(X, 1 - X)
     assert found.min() == 0 and found.max() == 1
+
+
+# ── Areas on the same images ──
+
+
+def scores(n=200, seed=0):
+    """Attacked, clean and noisy scores of n images that share a good part of their randomness."""
+    draws = np.random.default_rng(seed)
+    common = draws.normal(size=n)
+    return common + draws.normal(0.8, 1, n), np.stack([common + draws.normal(0, 1, n) for _ in range(2)])
+
+
+def test_an_area_is_that_of_scikit_learn_with_ties():
+    positives, negatives = (np.round(part, 1) for part in scores())
+    found = area(positives, negatives)
+    truth = np.repeat([1, 0], [positives.size, negatives.size])
+    assert found.value == pytest.approx(roc_auc_score(truth, np.concatenate([positives, negatives.ravel()])))
+    assert found.parts.shape == positives.shape and found.parts.mean() == pytest.approx(0, abs=1e-12)
+
+
+def test_the_error_of_an_area_and_of_a_difference_is_that_of_a_bootstrap_over_images():
+    positives, negatives = scores()
+    other = positives + np.random.default_rng(5).normal(0, 0.5, len(positives)), negatives + 0.1
+    draws, again = np.random.default_rng(1), []
+    for _ in range(1500):
+        pick = draws.integers(0, len(positives), len(positives))
+        again.append([area(p[pick], n[:, pick]).value for p, n in ((positives, negatives), other)])
+    again, first, second = np.array(again), area(positives, negatives), area(*other)
+    assert first.error == pytest.approx(again[:, 0].std(), rel=0.1)
+    assert Area(0.0, first.parts - second.parts).error == pytest.approx((again[:, 0] - again[:, 1]).std(), rel=0.1)
+
+
+def test_images_that_share_their_randomness_are_no_independent_ones():
+    """Clean and attacked versions of one image rise together: who forgets it takes the error for too large."""
+    positives, negatives = scores()
+    apart = np.random.default_rng(2).permutation(len(positives))
+    assert area(positives, negatives).error < area(positives[apart], negatives).error
 
 
 # ── The detector ──
@@ -176,25 +216,43 @@ def test_features_that_are_not_finite_are_named(attacked):
 # ── A network with its detector ──
 
 
+def features_at(near, draws, seed):
+    """The features with the masks of the first call of a guard with this seed."""
+    first = tf.constant(np.random.default_rng(seed).integers(2**31), tf.int64)
+    found = uncertainty.metrics(uncertainty.fresh(NET, draws)(tf.constant(X), first))
+    return pd.DataFrame(dict(features(NET, X, near, draws=2)) | found)
+
+
 @pytest.mark.parametrize("detector", [DETECTOR, PART], ids=["six", "two"])
 @pytest.mark.parametrize("points", [None, 8])
-def test_what_is_deployed_and_differentiated_is_what_the_detector_computes(detector, points):
-    near = NEAR.thin(points) if points else NEAR
-    expected = detector.score(features(NET, X, near, draws=5, seed=3))
-    found = Guarded(NET, detector, near, 0.2, draws=5, seed=3)(tf.constant(X))
+@pytest.mark.parametrize("pmf", closeness.DISTRIBUTIONS)
+def test_what_is_deployed_and_differentiated_is_what_the_detector_computes(detector, points, pmf):
+    near = replace(NEAR.thin(points) if points else NEAR, pmf=pmf)
+    guarded = Guarded(NET, detector, near, 0.2, draws=5, seed=3, known=6)
+    found, attacker = guarded(tf.constant(X)), guarded.paths(seed=7)["EOT"].outputs
     np.testing.assert_allclose(found.logits, logits(NET, X), atol=1e-5)
-    np.testing.assert_allclose(found.refusal, expected - 0.2, rtol=1e-4, atol=1e-4)
-    assert np.ptp(expected) > 0.1
+    for refusal, masks in ((found.refusal, (5, 3)), (attacker(tf.constant(X)).refusal, (6, 7 + 999))):
+        expected = detector.score(features_at(near, *masks)) - 0.2
+        np.testing.assert_allclose(refusal, expected, rtol=1e-4, atol=1e-4)
+        assert np.ptp(expected) > 0.1
+
+
+def test_a_call_draws_fresh_masks_and_the_seed_fixes_their_order():
+    first, again, other = (Guarded(NET, DETECTOR, NEAR, 0.0, draws=3, seed=seed) for seed in (3, 3, 4))
+    runs = [[guarded(tf.constant(X)).refusal.numpy() for _ in range(2)] for guarded in (first, again, other)]
+    np.testing.assert_array_equal(runs[0], runs[1])
+    assert np.abs(runs[0][0] - runs[0][1]).max() > 1e-3 and np.abs(runs[0][0] - runs[2][0]).max() > 1e-3
+    assert first.randomised and first.paths()["EOT"].outputs.randomised
 
 
 def test_images_above_the_threshold_are_refused_and_the_others_classified():
-    scores, y = DETECTOR.score(features(NET, X, NEAR, draws=5)), logits(NET, X).argmax(axis=1)
+    scores, y = DETECTOR.score(features_at(NEAR, 5, 0)), logits(NET, X).argmax(axis=1)
     guarded = Guarded(NET, DETECTOR, NEAR, float(np.median(scores)), draws=5)
     wrong = np.where(np.arange(len(X)) % 3 == 0, (y + 1) % 3, y)
-    found = outcomes(guarded, X, wrong)
+    guarded.__dict__["_rng"] = SimpleNamespace(integers=lambda _: np.random.default_rng(0).integers(2**31))
+    found = outcomes(guarded, X, wrong)  # which asks more than once
     np.testing.assert_array_equal(found, np.where(scores > np.median(scores), 1, np.where(y == wrong, 0, 2)))
     assert set(found) == {0, 1, 2}
-    np.testing.assert_allclose(answers(guarded, X, batch_size=5).refusal, scores - np.median(scores), atol=1e-3)
 
 
 def test_the_rule_of_the_detector_is_the_weighted_sum_and_no_other():
@@ -203,7 +261,7 @@ def test_the_rule_of_the_detector_is_the_weighted_sum_and_no_other():
                       threshold in ((DETECTOR, NEAR, 0.0), (PART, NEAR, 0.0), (DETECTOR, NEAR.thin(4), 0.0),
                                     (DETECTOR, NEAR, 0.5)))
     assert all(np.abs(first - other).max() > 1e-3 for other in others)
-    np.testing.assert_allclose(first - others[-1], 0.5, rtol=1e-5)
+    np.testing.assert_allclose(first - others[-1], 0.5, rtol=1e-4, atol=1e-4)
 
 
 # ── The attacker who knows ──
@@ -212,15 +270,18 @@ def test_the_rule_of_the_detector_is_the_weighted_sum_and_no_other():
 @pytest.mark.parametrize("name", FEATURES)
 def test_the_gradient_of_every_feature_is_that_of_finite_differences(name):
     model, near = in_float64()
-    outputs = Guarded(model, Detector({name: 2.0}, 0.1), near, 0.0, draws=4)
     direction = np.random.default_rng(1).standard_normal(X.shape)
     x, h = tf.constant(X, tf.float64), 1e-6
+
+    def log_odds(x):  # a new guard draws the same masks
+        return Guarded(model, Detector({name: 2.0}, 0.1), near, 0.0, draws=4)(x).refusal
+
     with tf.GradientTape() as tape:
         tape.watch(x)
-        log_odds = outputs(x).refusal
-    assert log_odds.dtype == tf.float64
-    slope = (tape.gradient(log_odds, x).numpy() * direction).sum(axis=(1, 2, 3))
-    ahead, behind = (outputs(x + s * direction).refusal for s in (h, -h))
+        here = log_odds(x)
+    assert here.dtype == tf.float64
+    slope = (tape.gradient(here, x).numpy() * direction).sum(axis=(1, 2, 3))
+    ahead, behind = (log_odds(x + s * direction) for s in (h, -h))
     np.testing.assert_allclose(slope, (ahead - behind) / (2 * h), rtol=1e-5, atol=1e-7)
     assert np.abs(slope).max() > 1e-3
 
@@ -234,59 +295,41 @@ def test_the_loss_in_turn_is_the_margin_until_the_image_is_wrong_and_then_the_ro
     np.testing.assert_array_equal(found > 0, evasion(outputs, y).numpy() > 0)
 
 
-def informed(x, y, eps, start):
-    """The attack of the chapter: turn the image, then lower the log-odds; keep the wrong one with the lowest."""
-
-    def goal(outputs, y):
-        wrong = margin(outputs.logits, y)
-        return tf.where(wrong > 0, -outputs.refusal, wrong - 1e6)
-
-    guarded = Guarded(NET, DETECTOR, NEAR, 0.0, draws=5, seed=9)
-    return attacks.pgd(guarded, x, y, ThreatModel("linf", eps), steps=25, losses=(in_turn,), goal=goal,
-                       start=start).images
+def test_the_weighed_loss_is_the_refusal_less_the_capped_margin_of_the_wanted_class():
+    outputs = Outputs(tf.constant([[1.0, 4.0, 2.0], [1.0, 4.0, 2.0]]), tf.constant([0.5, -2.0]))
+    np.testing.assert_allclose(Weighed(0.3, 1.5)(outputs, tf.constant([1, 2])), [0.15 - 1.5, -0.6 + 2.0], rtol=1e-6)
 
 
-def test_an_informed_attack_lowers_the_log_odds_of_the_images_that_it_turns():
-    y, eps = logits(NET, X).argmax(axis=1), 0.35
-    plain = attacks.pgd(NET, X, y, ThreatModel("linf", eps), steps=15).images
-    hidden = informed(X, y, eps, plain)
-    assert np.abs(hidden - X).max() <= eps + 1e-6
-    turned = ~correct(NET, plain, y)
-    assert turned.sum() >= 6 and not correct(NET, hidden, y)[turned].any()
-    before, after = (DETECTOR.score(features(NET, x, NEAR, draws=5, seed=9)) for x in (plain, hidden))
-    assert (after[turned] <= before[turned] + 1e-3).all()  # it starts there and keeps the best
-    assert (after - before)[turned].mean() < -0.5
-    fresh = [DETECTOR.score(features(NET, x, NEAR, draws=50, seed=1)) for x in (plain, hidden)]  # the detector's masks
-    assert (fresh[1] - fresh[0])[turned].mean() < -0.2
-
-
-def test_an_attacker_with_masks_and_points_of_his_own_is_judged_by_the_detector_s():
+def attacked():
+    """Images, labels, the unaware attack's images, and a guard that catches most of those."""
     y, threat = logits(NET, X).argmax(axis=1), ThreatModel("linf", 0.35)
     plain = attacks.pgd(NET, X, y, threat, steps=15).images
-    scores = DETECTOR.score(features(NET, plain, NEAR, draws=20, seed=1))
-    guarded = Guarded(NET, DETECTOR, NEAR, float(np.quantile(scores, 0.3)), draws=20, seed=1, known=5, points=8)
-    unaware, exact = (attacks.pgd(guarded, X, y, threat, steps=25, path=path, start=plain)
-                      for path in ("unaware", "exact"))
-    for found in (unaware, exact):
-        np.testing.assert_array_equal(found.value > 0, outcomes(guarded, found.images, y) == 2)
-    assert (exact.value > 0).sum() > (unaware.value > 0).sum()
+    scores = DETECTOR.score(features(NET, plain, NEAR, draws=200, seed=1))
+    guarded = Guarded(NET, DETECTOR, NEAR, float(np.quantile(scores, 0.3)), draws=50, seed=1, known=20)
+    return y, threat, plain, guarded
 
 
-def test_the_attackers_masks_come_from_the_seed_and_are_not_the_detector_s():
-    guarded = Guarded(NET, DETECTOR, NEAR, 0.0, draws=3, seed=3)
-    first, again, other = (Guarded(NET, DETECTOR, NEAR, 0.0, draws=3, seed=3).paths(seed)["exact"].outputs(
-        tf.constant(X)).refusal for seed in (3, 3, 4))
-    np.testing.assert_array_equal(first, again)
-    assert np.abs(first - other).max() > 1e-3
-    assert np.abs(first - guarded(tf.constant(X)).refusal).max() > 1e-3
-    np.testing.assert_array_equal(guarded(tf.constant(X)).refusal, guarded(tf.constant(X)).refusal)
+def test_the_attacker_who_knows_passes_with_more_images_under_fresh_masks():
+    y, threat, plain, guarded = attacked()
+    found = informed(guarded, X, y, threat, weights=(Weighed(0.3, 3.0), Weighed(1.0, 1.0)), steps=25)
+    assert threat.contains(found.images, X).all() and found.steps.max() <= 4 * 25
+    before, after = (np.median([evasion(guarded(tf.constant(x)), y) for _ in range(9)], axis=0) > 0
+                     for x in (plain, found.images))
+    assert (after == (found.value > 0)).mean() > 0.8  # the judge's masks are others
+    assert after.sum() > before.sum()
 
 
-def test_an_attacker_may_know_fewer_networks_and_points():
-    deployed, few = (Guarded(NET, DETECTOR, NEAR, 0.0, draws=20, **known) for known in ({}, {"known": 4, "points": 8}))
+def test_images_that_pass_at_once_are_left_alone_and_a_network_without_detector_has_one_target_of_two():
+    y, threat, _, _ = attacked()
+    never = Guarded(NET, DETECTOR, NEAR, 1e6, draws=4)
+    found = informed(never, X, (y + 1) % 3, threat, steps=5, targets=1)
+    np.testing.assert_array_equal(found.images, X)
+    plain = informed(NET, X, y, threat, path=None, steps=25)
+    assert (plain.value > 0).mean() >= 0.9 * (attacks.pgd(NET, X, y, threat, steps=40).value > 0).mean()
+
+
+def test_an_attacker_may_know_fewer_networks():
+    deployed, few = (Guarded(NET, DETECTOR, NEAR, 0.0, draws=20, seed=2, known=known) for known in (None, 4))
     np.testing.assert_array_equal(few(tf.constant(X)).refusal, deployed(tf.constant(X)).refusal)
-    expected = DETECTOR.score(features(NET, X, NEAR.thin(8), draws=4, seed=999))
-    np.testing.assert_allclose(few.paths()["exact"].outputs(tf.constant(X)).refusal, expected, rtol=1e-4, atol=1e-4)
-    expected = DETECTOR.score(features(NET, X, NEAR, draws=20, seed=999))
-    np.testing.assert_allclose(deployed.paths()["exact"].outputs(tf.constant(X)).refusal, expected, rtol=1e-4,
-                               atol=1e-4)
+    assert few.paths(5)["EOT"].outputs.draws == 4 and deployed.paths(5)["EOT"].outputs.draws == 20
+    assert few.paths(5)["EOT"].outputs.seed != few.seed

@@ -47,7 +47,7 @@ def guarded(model):
     near = closeness.Closeness.fit(closeness.activations(model, X), Y, 1.0, 2)
     detector = detection.Detector(dict.fromkeys(detection.FEATURES, 0.1), 0.0)
     detection.features(model, X, near.thin(50), draws=2)
-    whole = detection.Guarded(model, detector, near, 0.0, draws=2, known=2, points=10)
+    whole = detection.Guarded(model, detector, near.thin(10), 0.0, draws=2, known=3)
     for path in whole.paths():
         attacks.pgd(whole, X, Y, L2, steps=1, path=path)
 

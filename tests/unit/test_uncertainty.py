@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from keras import layers
 from scipy.special import log_softmax, softmax, xlogy
 
-from helpers.uncertainty import METRICS, formulas, metrics, sample, thinned
+from helpers.uncertainty import METRICS, formulas, fresh, metrics, sample, thinned
 
 SHAPE = (4, 4, 1)
 X = np.random.default_rng(0).uniform(0, 1, (7, *SHAPE)).astype("float32")
@@ -155,6 +155,18 @@ def test_one_images_draws_are_distributed_as_those_of_keras():
     error = np.sqrt((ours.var(axis=0) + keras_draws.var(axis=0)) / n)
     assert (error < 0.02).all() and (np.abs(ours.mean(axis=0) - keras_draws.mean(axis=0)) < 4 * error).all()
     assert min(scipy.stats.ks_2samp(ours[:, c], keras_draws[:, c]).pvalue for c in range(3)) > 1e-3
+
+
+def test_fresh_networks_are_as_thinned_ones_and_others_at_every_seed():
+    model = network()
+    draw = fresh(model, 3000)
+    first, again, other = (draw(tf.constant(X), tf.constant(seed, tf.int64)).numpy() for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 0.01
+    fixed = thinned(model, 3000)(tf.constant(X)).numpy()
+    error = np.sqrt((first.var(axis=0) + fixed.var(axis=0)) / 3000)
+    assert (np.abs(first.mean(axis=0) - fixed.mean(axis=0)) < 5 * error + 1e-4).all()
+    np.testing.assert_allclose(first.std(axis=0), fixed.std(axis=0), rtol=0.15, atol=1e-3)
 
 
 def test_only_dropout_is_switched_on():
