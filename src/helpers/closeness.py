@@ -104,7 +104,9 @@ def divergences(features, means, pmf="sum"):
 
 
 def squared_distances(a, b):
-    """|a_i - b_j|^2 by one matrix product, (n, m)."""
+    """|a_i - b_j|^2 by one matrix product, (n, m), about the mean of `b`: a common offset would swallow the digits."""
+    centre = tf.reduce_mean(b, axis=0)
+    a, b = a - centre, b - centre
     cross = tf.matmul(a, b, transpose_b=True)
     return tf.maximum(tf.reduce_sum(a**2, axis=1)[:, None] + tf.reduce_sum(b**2, axis=1) - 2 * cross, 0.0)
 

@@ -267,3 +267,11 @@ def test_lid_needs_more_points_than_neighbours(neighbours):
     points = np.eye(4, dtype="float32")
     with pytest.raises(ValueError, match=f"neighbours is {neighbours}; expected 1 to 3"):
         Closeness((points,), 1.0).lid(points, neighbours)
+
+
+def test_an_offset_that_all_features_share_costs_no_digits():
+    h = np.random.default_rng(0).normal(100, 0.01, (20, 12544)).astype("float32")
+    wide = h.astype("float64")
+    exact = ((wide[:, None] - wide) ** 2).sum(axis=-1)
+    found = closeness.squared_distances(tf.constant(h), tf.constant(h)).numpy()
+    np.testing.assert_allclose(found, exact, atol=1e-5)  # about 2.5
