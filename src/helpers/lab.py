@@ -18,7 +18,7 @@ from helpers.records import Record
 from helpers.threat import ThreatModel
 
 SIZE = [8, 24, 40]  # filters of two convolutions (3x3, stride 2), and a dense layer
-EPS, STEPS, SIGMA = 0.3, 20, 1.0  # radius of training and measuring (linf), steps of PGD, standard deviation of the blur
+EPS, STEPS, SIGMA = 0.3, 20, 1.0  # radius of training and measuring (linf), steps of PGD, pixels of the blur
 _PGD = {"steps": 7, "random_start": True, "mixed": False}
 STAGES = {  # of training: epochs and the attacker inside. So small a network learns nothing from PGD at 0.3 at once.
     "normal": [[4, None]],
