@@ -184,7 +184,7 @@ def counted(page):
 def test_it_runs_from_a_file_without_a_network_and_says_its_result_in_words(visit):
     page, wrong = visit()
     counted(page)
-    assert re.match(r"Shown this 0, the normal network answers: \d \([\d.]+\s%", said(page))
+    assert re.match(r"Shown this 5, the normal network answers: \d \([\d.]+\s%", said(page))
     assert sum(counted(page)) == 100 and not wrong
     expect(page.locator("#lab-status")).to_have_text(said(page))  # read out, once the reader has stopped
     expect(page.locator("#lab-all-status")).to_have_text(page.locator("#lab-attacked-text").inner_text())
@@ -193,10 +193,10 @@ def test_it_runs_from_a_file_without_a_network_and_says_its_result_in_words(visi
 
 def test_the_keyboard_alone_picks_a_digit_and_changes_epsilon_and_attack(visit):
     page, wrong = visit()
-    page.locator(".lab-digits input").first.focus()
-    for _ in range(10):
+    page.locator(".lab-digits input:checked").focus()  # a group of radio buttons is one stop of the Tab key
+    for _ in range(7):
         page.keyboard.press("ArrowRight")
-    assert said(page).startswith("Shown this 1, ")
+    assert said(page).startswith("Shown this 6, ")
     reached = []
     while "lab-eps" not in reached and len(reached) < 20:
         page.keyboard.press("Tab")
@@ -231,7 +231,7 @@ def test_a_finger_draws_on_a_phone(visit):
     touch(page, [(0.25, 0.15), (0.5, 0.15), (0.5, 0.5), (0.25, 0.5), (0.25, 0.15)])
     expect(page.locator("#lab-said")).not_to_contain_text("taken for a 1")
     page.locator("#lab-clear").tap()
-    assert said(page).startswith("Shown this 0, ") and not wrong
+    assert said(page).startswith("Shown this 5, ") and not wrong
     assert page.evaluate("document.scrollingElement.scrollWidth - document.documentElement.clientWidth") <= 0
 
 
@@ -321,17 +321,17 @@ def test_what_to_try_shows_what_the_text_says(visit):
     assert attempt(1)[0] < 50  # one step is enough for most
     fgsm = attempt(2)[0]
     page.locator("[name=lab-kind][value=pgd]").check()
-    assert fgsm > 60 and counted(page)[0] < fgsm / 3
+    assert fgsm > 60 and counted(page)[0] < 10
     linf = attempt(3)[0]
     page.locator("[name=lab-norm][value=l2]").check()
     page.locator("#lab-eps").fill("4")
-    assert linf > 60 and counted(page)[0] < linf / 2
+    assert linf > 60 and counted(page)[0] < linf - 15
     ignorant = attempt(4)[0]
     page.locator("#lab-knows").check()
-    assert counted(page)[0] < ignorant / 2
+    assert 40 <= ignorant <= 60 and counted(page)[0] < ignorant / 2
     _, refused, wrong = attempt(5)
     page.locator("[name=lab-kind][value=pgd]").check()
-    assert refused > 20 and counted(page)[2] > wrong
+    assert refused > 40 and counted(page)[2] > 2 * wrong
 
 
 def test_its_colours_are_those_of_the_figures():

@@ -49,7 +49,9 @@ window.lab = (() => {
 
   // What weights.js holds: networks by name, digits {image, label}, the record. An Error says what is wrong with it.
   function read(data) {
-    if (!data) throw Error("the file is missing, or was cut short");
+    if (!data) throw Error("it is missing, or was cut short");
+    const lost = ["networks", "pixels", "labels", "record"].filter((part) => !data[part]);
+    if (lost.length) throw Error(`it lacks ${lost}`);
     const networks = Object.fromEntries(Object.entries(data.networks).map(([name, packed]) =>
       [name, network(halves(unpack(packed, `the ${name} network`)), data.record.size)]));
     const pixels = Float64Array.from(unpack(data.pixels, "the set of digits"), (byte) => byte / 255);

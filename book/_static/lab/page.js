@@ -8,7 +8,7 @@
   const PAD = 168; // pixels a side of the drawing: six for each of a digit's
   const SLICE = 12; // milliseconds of computing, after which the page may answer
   const state = { network: "normal", kind: "fgsm", norm: "linf", eps: { linf: 0.1, l2: 1.5 }, blur: false, knows: true,
-    refuse: false, threshold: 0.9, digit: 0, drawing: null };
+    refuse: false, threshold: 0.9, digit: 53, drawing: null };
 
   const find = (selector) => root.querySelector(selector);
   const percent = (share) => `${(100 * share).toFixed(1)}\u00a0%`;
