@@ -134,10 +134,10 @@
     const won = !after.refused && after.named !== label;
     const verdict = lost ? "It was wrong without an attack." : won ? "The attack wins." : "The attack fails.";
     const same = !before.refused && after.named === before.named ? "still " : "";
-    return `${first} After ${NAMES[threat.kind]} with ${NAMES[threat.norm]}, ε = ${shownEps()}, ${named(after, same)}. ${verdict}`;
+    return `${first} After ${NAMES[threat.kind]} with ${NAMES[threat.norm]}, ε = ${shownEps(threat)}, ${named(after, same)}. ${verdict}`;
   }
 
-  const shownEps = () => state.eps[state.norm].toFixed(state.norm === "linf" ? 2 : 1);
+  const shownEps = ({ norm, eps }) => eps.toFixed(norm === "linf" ? 2 : 1);
 
   // The attacker's aim with a drawing is to change what the network sees in it now.
   function labelled(digits, deployed) {
@@ -165,7 +165,7 @@
     paint(find("#lab-change"), change.map((value) => value * gain), signed);
     paint(find("#lab-result"), attacked);
     Object.entries(texts).forEach(([name, text]) => find(`#lab-${name}`).setAttribute("aria-label", text));
-    find("#lab-change + figcaption").textContent = `change × ${gain}`;
+    find("#lab-change + figcaption").textContent = `change ×\u00a0${gain}`;
   }
 
   function showProbabilities(before, after) {
@@ -205,7 +205,7 @@
   }
 
   function showCounts(counts, done, threat) {
-    const attack = `${NAMES[threat.kind]}, ${NAMES[threat.norm]}, ε = ${shownEps()}`;
+    const attack = `${NAMES[threat.kind]}, ${NAMES[threat.norm]}, ε = ${shownEps(threat)}`;
     const finished = done === root.querySelectorAll(".lab-digits input").length;
     Object.entries({ clean: "Without an attack", attacked: `Under ${attack}` }).forEach(([name, title]) => {
       const [right, refused, wrong] = counts[name];
@@ -224,9 +224,9 @@
   function showState() {
     for (const name of ["network", "kind", "norm"]) find(`[name=lab-${name}][value="${state[name]}"]`).checked = true;
     for (const name of ["blur", "knows", "refuse"]) find(`#lab-${name}`).checked = state[name];
-    const { max, step } = RANGES[state.norm];
-    Object.assign(find("#lab-eps"), { max, step, value: state.eps[state.norm], ariaValueText: shownEps() });
-    find(".lab-eps output").textContent = shownEps();
+    const [{ max, step }, eps] = [RANGES[state.norm], shownEps({ norm: state.norm, eps: state.eps[state.norm] })];
+    Object.assign(find("#lab-eps"), { max, step, value: state.eps[state.norm], ariaValueText: eps });
+    find(".lab-eps output").textContent = eps;
     Object.assign(find("#lab-threshold"), { value: state.threshold, disabled: !state.refuse });
     find("#lab-threshold").ariaValueText = find("#lab-refuse ~ span output").textContent = `${Math.round(100 * state.threshold)}\u00a0%`;
     find("#lab-knows").disabled = !state.blur;
