@@ -25,7 +25,8 @@ STAGES = {  # of training: epochs and the attacker inside. So small a network le
     "mixed-batch": [[6, {"eps": EPS}]],
     "PGD-trained": [[1, _PGD | {"eps": 0.1}], [1, _PGD | {"eps": 0.2}], [6, _PGD | {"eps": EPS}]],
 }
-_START, _END = "// Made by `python -m helpers lab`; what it says of itself is in record.json.\nwindow.labData = ", ";\n"
+_START = "// Made by `python -m helpers lab`; what it says of itself is in record.json.\nwindow.labData = "
+_END = ";  // codespell:ignore\n"  # base64 holds all sorts of words
 
 
 def network(seed=0):
