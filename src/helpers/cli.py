@@ -112,6 +112,20 @@ def arena(file, dataset, norm, eps, images, seed):
 
 
 @main.command()
+@click.option("--data", "dataset", default="mnist", show_default=True, help="Data set of helpers.data, 28 x 28 pixels.")
+@click.option("--images", type=click.IntRange(1), help="Training images; all where it is not given.")
+@click.option("--epochs", type=click.IntRange(1), help="At most so many in each stage of training.")
+@click.option("--folder", type=click.Path(file_okay=False, path_type=Path), help="Where to write; the page's own.")
+def lab(dataset, images, epochs, folder):
+    """Train the lab's three networks (minutes, resumable), and write them and their record for the page."""
+    with _book() as this:
+        from helpers.lab import make  # TensorFlow takes seconds, which the other commands do not need
+
+        for path in make(folder or this.root / "book/_static/lab", dataset, images, epochs):
+            click.echo(f"written: {path}")
+
+
+@main.command()
 @click.argument("url")
 def address(url):
     """Write the repository's address, https://github.com/<owner>/<name>, to all files that name it."""
