@@ -107,7 +107,8 @@ class TotalVariation:
         return out
 
     def _denoise(self, x):
-        return np.stack([denoise_tv_chambolle(image, self.weight, channel_axis=-1) for image in x]).astype("float32")
+        cleaned = [denoise_tv_chambolle(image, self.weight, channel_axis=-1) for image in x]
+        return np.clip(np.stack(cleaned), 0, 1).astype("float32")  # a black background comes out at -6e-9
 
 
 def _behind(axis, first=False):
