@@ -34,6 +34,8 @@ MEANING = {  # start of a flag's name: what it means where it is raised, and wha
     "PGD less no attack": "The attack does nothing.",
     "PGD less the smallest change": "A search for the smallest change wins where PGD does not: gradients near the "
         "image mislead. The number to quote is the worst case of both.",
+    "PGD at eps / 2 less the smallest": "At half the radius a search for the smallest change wins where PGD does not: "
+        "a curve over eps by PGD alone is too high there.",
     "PGD less a gradient-free": "Random search does more than the gradient: the gradient is masked. Add a path without "
         "what masks it (BPDA).",
     "the whole set less PGD": "Plain PGD wins more often than the set of attacks that was used: the set is too weak.",

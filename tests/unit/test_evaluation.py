@@ -442,7 +442,7 @@ def test_a_sound_network_passes_every_check(sound, norm, eps):
     table = sound(norm, eps)
     assert list(table.columns) == ["check", "measured", "low", "high", "limit", "relation", "n", "passed"]
     assert table["passed"].all(), table.to_string()
-    assert len(table) == 14 and table["check"].is_unique
+    assert len(table) == 15 and table["check"].is_unique
 
 
 WRONG = "images off a kink whose gradient is wrong (float64)"
