@@ -538,7 +538,7 @@ def test_the_strong_attack_passes_the_checks_that_a_weak_one_on_the_same_defence
     threat, options = ThreatModel("l2", 2.0), {"steps": 20, "queries": 60}
     strong = partial(adaptive.strong, x_train=X, y_train=Y, restarts=2)
     table = evaluation.sanity_checks(dnr, NEW, NEW_Y, threat, attack=strong, **options)
-    assert table["passed"].all() and len(table) == 13, table.to_string()
+    assert table["passed"].all() and len(table) == 14, table.to_string()
     table = evaluation.sanity_checks(dnr, NEW, NEW_Y, threat, path="smoothed", **options)
     assert "PGD less a gradient-free attack" in set(table["check"][~table["passed"]]), table.to_string()
 
