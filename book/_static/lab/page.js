@@ -103,6 +103,8 @@
       event.preventDefault();
       draw(event);
     });
+    // Else a quick stroke counts as a fling, and the browser swallows the tap on a button that follows it.
+    canvas.addEventListener("touchstart", (event) => event.preventDefault(), { passive: false });
     canvas.addEventListener("pointermove", (event) => last && draw(event));
     ["pointerup", "pointercancel"].forEach((name) => canvas.addEventListener(name, () => (last = null)));
     return () => pen.clearRect(0, 0, PAD, PAD);
