@@ -61,10 +61,10 @@ class Closeness:
         """Logarithm of the mean kernel (Eqn. 9) between activations (n, d) and the points of `classes` (n,)."""
         classes, scores = check_labels(classes, len(features), len(self.points)), np.empty(len(features), "float32")
         for c, members in enumerate(self.points):
-            rows, centre = np.flatnonzero(classes == c), members.mean(axis=0)
-            for i in range(0, len(rows), batch_size):  # around their mean float32 has digits to spare
+            rows = np.flatnonzero(classes == c)
+            for i in range(0, len(rows), batch_size):
                 b = rows[i : i + batch_size]
-                scores[b] = _log_density(features[b] - centre, members - centre, self.bandwidth)
+                scores[b] = _log_density(features[b], members, self.bandwidth)
         return scores
 
     def kl(self, features, classes):

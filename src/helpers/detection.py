@@ -218,7 +218,6 @@ def _guarded(model, detector, near, threshold, draws):
     votes, hidden_of = uncertainty.fresh(model, draws), inference(closeness.last_hidden(model))
     points, means = np.concatenate(near.points), near.means()
     owner = np.repeat(np.arange(len(near.points)), [len(members) for members in near.points])
-    centre = points.mean(axis=0)
 
     @partial(tf.function, reduce_retracing=True)
     def outputs(x, seed):
@@ -226,7 +225,7 @@ def _guarded(model, detector, near, threshold, draws):
         logits = model.layers[-1](hidden)
         predicted = tf.argmax(logits, axis=1)
         values = uncertainty.formulas(votes(x, seed))
-        values["KDE"] = closeness.log_density(hidden - centre, points - centre, near.bandwidth,
+        values["KDE"] = closeness.log_density(hidden, points, near.bandwidth,
                                               predicted[:, None] == owner[None, :])
         values["KL"] = tf.gather(closeness.divergences(hidden, means, near.pmf), predicted, batch_dims=1)
         log_odds = sum(weight * values[name] for name, weight in detector.weights.items()) + detector.offset
