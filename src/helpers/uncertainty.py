@@ -25,13 +25,13 @@ def thinned(model, draws, seed=0):
     rates, rng = _rates(model, draws), np.random.default_rng(seed)
     kept = [rng.random((draws, *model.layers[i].output.shape[1:])) >= rate for i, rate in rates.items()]
     masks = [(k / (1 - rate)).astype(model.compute_dtype) for k, rate in zip(kept, rates.values(), strict=True)]
-    return partial(_voted, _voter(model, rates), model, masks=masks)
+    return partial(_voter(model, rates), masks=masks)
 
 
 def fresh(model, draws):
     """Like `thinned`, but a function of images and a seed, a tensor, by which networks are drawn at every call."""
     rates = _rates(model, draws)
-    voter = _voter(model, rates)
+    voted = _voter(model, rates)
 
     def probabilities(x, seed):
         masks = []
@@ -39,7 +39,7 @@ def fresh(model, draws):
             shape = (draws, *model.layers[i].output.shape[1:])
             kept = tf.random.stateless_uniform(shape, tf.stack([seed, tf.cast(i, seed.dtype)])) >= rate
             masks.append(tf.cast(kept, model.compute_dtype) / (1 - rate))
-        return _voted(voter, model, x, masks)
+        return voted(x, masks)
 
     return probabilities
 
@@ -61,7 +61,7 @@ def _rates(model, draws):
 
 
 def _voter(model, rates):
-    """One thinned network, from what enters the first dropout and a mask for each dropout to probabilities."""
+    """Function of images and masks of each dropout: probabilities (draws, n, classes) of the networks that are left."""
     first = min(rates)
 
     @tf.function  # a graph of its own: faster than the same steps written into the loop over draws
@@ -71,15 +71,12 @@ def _voter(model, rates):
             hidden = hidden * next(masks) if i in rates else layer(hidden, training=False)
         return tf.nn.softmax(hidden)
 
-    vote.first = first
-    return vote
+    def voted(x, masks):
+        for layer in model.layers[:first]:
+            x = layer(x, training=False)
+        return tf.map_fn(lambda masks: vote(x, *masks), masks, fn_output_signature=model.compute_dtype)
 
-
-def _voted(vote, model, x, masks):
-    """Probabilities (draws, n, classes) of the networks that `masks` leave."""
-    for layer in model.layers[:vote.first]:
-        x = layer(x, training=False)
-    return tf.map_fn(lambda masks: vote(x, *masks), masks, fn_output_signature=model.compute_dtype)
+    return voted
 
 
 def sample(model, x, *, draws=50, seed=0, batch_size=500):
