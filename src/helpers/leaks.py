@@ -3,6 +3,8 @@
 import numpy as np
 from sklearn.tree import DecisionTreeClassifier
 
+from helpers.evaluation import seen
+
 _DEPTH = 3  # of the trees: a few thresholds
 
 
@@ -12,27 +14,25 @@ def rules(dataset):
     corners, border : those pixels. minimum, maximum, median, mode : of all pixels of the image, in grey levels. A class
     that can be told by one of them is told by how its images were made, and no attack within a few levels changes that.
     """
-    train, test = (_seen(x) for x in (dataset.x_train, dataset.x_test))
+    train, test = (_looks(x) for x in (dataset.x_train, dataset.x_test))
     trees = {name: DecisionTreeClassifier(max_depth=_DEPTH, random_state=0) for name in train}
     return {name: float(tree.fit(train[name], dataset.y_train).score(test[name], dataset.y_test))
             for name, tree in trees.items()}
 
 
-def _seen(x):
+def _looks(x):
     levels = np.rint(255 * x.mean(axis=-1)).astype(int)
     flat = levels.reshape(len(x), -1)
     edges = [levels[:, 0], levels[:, -1], levels[:, :, 0], levels[:, :, -1]]
     modes = np.array([np.bincount(image, minlength=256).argmax() for image in flat])
-    seen = {"corners": levels[:, [0, 0, -1, -1], [0, -1, 0, -1]], "border": np.concatenate(edges, axis=1),
-            "minimum": flat.min(axis=1), "maximum": flat.max(axis=1), "median": np.median(flat, axis=1), "mode": modes}
-    return {name: values.reshape(len(x), -1) for name, values in seen.items()}
+    looks = {"corners": levels[:, [0, 0, -1, -1], [0, -1, 0, -1]], "border": np.concatenate(edges, axis=1),
+             "minimum": flat.min(axis=1), "maximum": flat.max(axis=1), "median": np.median(flat, axis=1), "mode": modes}
+    return {name: values.reshape(len(x), -1) for name, values in looks.items()}
 
 
 def repeated(dataset, side=8, levels=16):
     """Which test images are, as thumbnails of `side` x `side` pixels in a few grey `levels`, in training, (n,) bool."""
-    known, shown = (_thumbnails(x, side, levels) for x in (dataset.x_train, dataset.x_test))
-    known = set(known)
-    return np.array([image in known for image in shown])
+    return seen(*(_thumbnails(x, side, levels) for x in (dataset.x_test, dataset.x_train)))
 
 
 def _thumbnails(x, side, levels):
@@ -40,7 +40,7 @@ def _thumbnails(x, side, levels):
     cuts = [np.array_split(np.arange(length), side) for length in grey.shape[1:]]
     small = np.stack([np.stack([grey[:, rows][:, :, columns].mean(axis=(1, 2)) for columns in cuts[1]], axis=1)
                       for rows in cuts[0]], axis=1)
-    return [image.tobytes() for image in np.rint((levels - 1) * small).astype(np.uint8)]
+    return np.rint((levels - 1) * small).astype(np.uint8)
 
 
 def split_groups(dataset, key="group"):
