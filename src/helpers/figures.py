@@ -51,7 +51,7 @@ def security_curve(eps, series, ylabel="accuracy", trained_eps=None, ax=None):
 
     An eps above 1 is an L2 length, which is not counted in steps of 1/255.
     """
-    ax = _axes(1, 1, 6, 4.8)[0, 0] if ax is None else ax
+    ax = subplots(1, 1, 6, 4.8)[0, 0] if ax is None else ax
     if trained_eps is not None:
         ax.axvline(trained_eps, color=FAINT, linestyle=":", label=f"trained at ε = {trained_eps:g}")
     ax.set(xlabel="ε (L2, pixel range [0, 1])" if max(eps) > 1 else "ε (pixel range [0, 1])", ylabel=ylabel,
@@ -64,7 +64,7 @@ def security_curve(eps, series, ylabel="accuracy", trained_eps=None, ax=None):
 
 def learning_curves(histories):
     """Panels for accuracy and loss; `histories`: network -> metric -> (n_seeds, n_epochs)."""
-    axes = _axes(1, 2, 8, 5)[0]
+    axes = subplots(1, 2, 8, 5)[0]
     for ax, panel, ylabel in zip(axes, ("accuracy", "loss"), ("accuracy", "loss (nats)"), strict=True):
         ax.set(xlabel="epoch", ylabel=ylabel)
         _bands(ax, {f"{network}, {metric.replace('_', ' ')}": values for network, metrics in histories.items()
@@ -86,7 +86,7 @@ def image_strip(rows):
 def digit_grid(images, titles=None, columns=10, size=1.0):
     """A grid of images in [0, 1], (height, width[, channels]) each, `size` inches wide, with short titles."""
     n_rows, bare = -(-len(images) // columns), {"frame_on": False, "xticks": (), "yticks": ()}
-    axes = _axes(n_rows, columns, size * columns, (size + 0.25) * n_rows, **bare).ravel()
+    axes = subplots(n_rows, columns, size * columns, (size + 0.25) * n_rows, **bare).ravel()
     for ax, image, title in zip(axes, images, titles or [""] * len(images), strict=False):
         ax.imshow(np.clip(np.squeeze(image), 0, 1), cmap="gray", vmin=0, vmax=1)
         ax.set_title(title, fontsize="small")
@@ -95,7 +95,7 @@ def digit_grid(images, titles=None, columns=10, size=1.0):
 
 def heatmap(frame, title, fmt=".2f"):
     """A DataFrame of rates as an annotated grid, each number black or white, as contrasts more with its cell."""
-    ax = _axes(1, 1, 1.6 + 0.85 * frame.shape[1], 1.4 + 0.45 * frame.shape[0])[0, 0]
+    ax = subplots(1, 1, 1.6 + 0.85 * frame.shape[1], 1.4 + 0.45 * frame.shape[0])[0, 0]
     sns.heatmap(frame, annot=True, fmt=fmt, cmap="cividis", linewidths=1, ax=ax).set_title(title)
     for text, cell in zip(ax.texts, ax.collections[0].get_facecolor(), strict=True):
         text.set_color("black" if relative_luminance(cell) > 0.179 else "white")  # there both have 4.6 : 1
@@ -105,7 +105,7 @@ def heatmap(frame, title, fmt=".2f"):
 def loss_surface(grid_x, grid_y, z, ylabel="ε along random signs"):
     """Contours of the loss `z` (len(grid_y), len(grid_x)), or a dict of such panels, over two directions in L∞."""
     panels = z if isinstance(z, dict) else {"": z}
-    axes = _axes(1, len(panels), 1.6 + 3.4 * len(panels), 3.8)[0]
+    axes = subplots(1, len(panels), 1.6 + 3.4 * len(panels), 3.8)[0]
     levels = np.linspace(min(map(np.min, panels.values())), max(map(np.max, panels.values())) + 1e-9, 22)
     for ax, (name, values) in zip(axes, panels.items(), strict=True):
         filled = ax.contourf(grid_x, grid_y, values, levels=levels, cmap="cividis")
@@ -117,7 +117,7 @@ def loss_surface(grid_x, grid_y, z, ylabel="ε along random signs"):
 
 def verdict_bars(counts):
     """Claims by verdict, a bar a paper; `counts`: title -> verdict -> number (none: no record yet)."""
-    ax, left = _axes(1, 1, 7.2, 1.3 + 0.5 * len(counts))[0, 0], np.zeros(len(counts))
+    ax, left = subplots(1, 1, 7.2, 1.3 + 0.5 * len(counts))[0, 0], np.zeros(len(counts))
     for verdict, (fill, hatch) in VERDICTS.items():
         n = np.array([paper.get(verdict, 0) for paper in counts.values()])
         bars = ax.barh(list(counts), n, left=left, color=fill, hatch=hatch, edgecolor=FAINT, label=verdict)
@@ -132,7 +132,7 @@ def verdict_bars(counts):
 
 def left_standing(shares):
     """What two attackers leave of each defence; `shares`: label -> (weak, informed), each a list of one rate a seed."""
-    ax = _axes(1, 1, 7.4, 1.4 + 0.62 * len(shares))[0, 0]
+    ax = subplots(1, 1, 7.4, 1.4 + 0.62 * len(shares))[0, 0]
     looks = {"the paper's own attack, or one that ignores the defence": ("o", "none", KNOWLEDGE["unaware"]),
              "an attacker who knows the defence": ("D", "full", KNOWLEDGE["informed"])}
     marks = {}
@@ -169,7 +169,8 @@ def eps_slider(frames, eps, label, norm="linf"):
     return HTML(template.render(key=f"eps-{key}", label=label, images=images))
 
 
-def _axes(n_rows, n_columns, width, height, **options):
+def subplots(n_rows, n_columns, width, height, **options):
+    """Panels (n_rows, n_columns) of a new Figure of so many inches; `options` go to each of them."""
     fig = Figure((width, height), layout="constrained", facecolor=BACKGROUND)
     return fig.subplots(n_rows, n_columns, squeeze=False, subplot_kw={"facecolor": BACKGROUND, **options})
 

@@ -7,7 +7,7 @@ shown. `site.stage` draws them.
 import numpy as np
 from matplotlib.patches import Rectangle
 
-from helpers.figures import FAINT, INK, KNOWLEDGE, _axes
+from helpers.figures import FAINT, INK, KNOWLEDGE, subplots
 
 WEAK, STRONG = KNOWLEDGE["unaware"], KNOWLEDGE["informed"]
 EPS, IMAGE = 0.3, np.array([0.45, 0.4])
@@ -43,7 +43,7 @@ def binarization():
     inner = inner[readout(inner) < 0]
     grid = np.linspace(0, 1, 200)
     z = readout(np.stack(np.meshgrid(grid, grid), axis=-1))
-    axes = _axes(1, 2, 7.4, 4.0)[0]
+    axes = subplots(1, 2, 7.4, 4.0)[0]
     for ax, (name, steps, size, colour) in zip(axes, (
             ("five small steps: missed", 5, 0.02, WEAK), ("forty steps of 2.5 ε / 40: found", 40, EPS / 16, STRONG)),
             strict=True):
@@ -95,7 +95,7 @@ def indicators():
         "transfer failure": ((hill(moved), "by another network's slope"), (hill(sound), "by its own slope")),
         "unconstrained failure": ((hidden(frozen), "a capped loss"), (hidden(climb(hidden, start, 40, 0.03, eps=1.0)),
                                                                      "the loss itself"))}
-    axes = _axes(2, 3, 8.4, 5.6, ylim=(-2.3, 0.9))
+    axes = subplots(2, 3, 8.4, 5.6, ylim=(-2.3, 0.9))
     for ax, (name, lines) in zip(axes.ravel(), panels.items(), strict=True):
         ax.axhline(0, color=FAINT, linewidth=1)
         for (values, label), colour, style in zip(lines, (WEAK, STRONG), ("--", "-"), strict=True):

@@ -213,12 +213,12 @@ def stage(book: Book) -> None:
     frame = ledger(book)
     frame.to_csv(stage / "book/downloads/ledger.csv", index=False, encoding="utf-8")
     frame.to_json(stage / "book/downloads/ledger.json", orient="records", indent=1, force_ascii=False)
-    shown = {chapter: _stage_chapter(book, chapter, stage, pages) for chapter in book.chapters()}
+    wrong = {chapter: errata(book, chapter) for chapter in book.chapters()}
+    shown = {chapter: _stage_chapter(book, chapter, stage, pages, wrong[chapter]) for chapter in wrong}
     data = {"ledger": frame.to_dict("records"), "counts": _at_a_glance(frame, stage), "shown": shown,
             "changed": {chapter: book.changed(*book.shown(chapter)) for chapter in shown if shown[chapter]},
             "stale": [chapter for chapter in _kept(book) if book.changed(*book.committed(chapter))],
-            "kept": _kept(book), "left": what_is_left(book),
-            "errata": {chapter: errata(book, chapter) for chapter in shown},
+            "kept": _kept(book), "left": what_is_left(book), "errata": wrong,
             "runs": status(book), "failures": failures(book), "has_address": is_set(book.root)}
     _left_standing(data["left"], stage)
     _primer(stage)
@@ -238,8 +238,11 @@ def _config(book):
     return yaml.safe_dump(config, sort_keys=False)
 
 
-def _stage_chapter(book, chapter, stage, pages):
-    """Write a chapter's page and downloads; return the record that goes with it, None where it shows no results."""
+def _stage_chapter(book, chapter, stage, pages, wrong):
+    """Write a chapter's page and downloads; return the record that goes with it, None where it shows no results.
+
+    wrong : the errata of the committed run, which a page that shows another run leaves out.
+    """
     found, downloads = book.shown(chapter), stage / "book/downloads"
     page, record = book.source(chapter), None
     if found:
@@ -254,8 +257,8 @@ def _stage_chapter(book, chapter, stage, pages):
     changed = book.changed(*found) if found else []
     facts = {"chapter": chapter, "title": title, "record": record, "times": times, "changed": changed,
              "explained": _explained(book, chapter)}
-    wrong = errata(book, chapter) if found and found == book.committed(chapter) else []
-    card = _banners(book, chapter, changed, wrong) + pages.get_template("card.md.jinja").render(facts)
+    banners = _banners(book, chapter, changed, wrong if found == book.committed(chapter) else [])
+    card = banners + pages.get_template("card.md.jinja").render(facts)
     page.cells.insert(1, nbformat.v4.new_markdown_cell(card, id="card"))
     nbformat.write(_with_figures(page, stage / "notebooks", chapter), stage / f"notebooks/{chapter}.ipynb")
     return record
