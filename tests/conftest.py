@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import hypothesis
@@ -80,6 +81,28 @@ def site(shared):
             done = command("site", cwd=ROOT, HELPERS_OUTPUT=str(book.output), HOME=str(shared / "home"), **OFFLINE)
             assert done.returncode == 0, done.stdout + done.stderr
     return book
+
+
+def lacking(what):
+    """Fail in CI, where everything is installed; skip with a warning on a machine that lacks it."""
+    if os.environ.get("CI"):
+        pytest.fail(f"{what} is not installed, and CI needs it: see .ci/run")
+    warnings.warn(f"NO BROWSER TEST WAS RUN: {what} is not installed (see .ci/run)", stacklevel=2)
+    pytest.skip(f"{what} is not installed")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium without a window, for the tests of a module."""
+    from playwright.sync_api import sync_playwright  # which no other test needs
+
+    names = ("chromium", "chromium-browser", "google-chrome")
+    if not (path := next(filter(None, map(shutil.which, names)), None)):
+        lacking("Chromium")
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield started
+        started.close()
 
 
 @pytest.fixture(scope="session")

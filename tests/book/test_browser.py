@@ -6,10 +6,7 @@ tests/book/node_modules (see .ci/run).
 
 import io
 import json
-import os
-import shutil
 import threading
-import warnings
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -17,33 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import lacking
 from filelock import FileLock
 from PIL import Image
-from playwright.sync_api import sync_playwright
 
 AXE = Path(__file__).parent / "node_modules/axe-core/axe.min.js"
 SIZES = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 360, "height": 740}}
 READY = "() => !window.MathJax || !window.MathJax.startup || window.MathJax.startup.promise.then(() => true)"
 FIGURES = "main figure img, main .cell_output img"
-
-
-def lacking(what):
-    """Fail in CI, where everything is installed; skip with a warning on a machine that lacks it."""
-    if os.environ.get("CI"):
-        pytest.fail(f"{what} is not installed, and CI needs it: see .ci/run")
-    warnings.warn(f"NO BROWSER TEST WAS RUN: {what} is not installed (see .ci/run)", stacklevel=2)
-    pytest.skip(f"{what} is not installed")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    names = ("chromium", "chromium-browser", "google-chrome")
-    if not (path := next(filter(None, map(shutil.which, names)), None)):
-        lacking("Chromium")
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
@@ -179,17 +157,21 @@ def a_phone_needs_no_sideways_scroll(page, place, wrong):
     return wide if wide > 0 else None
 
 
-def axe_finds_no_serious_violation(page, place, wrong, rules=""):
+def serious(page, rules="", part="document"):
+    """What axe-core finds in a part of the page that is more than minor."""
     page.add_style_tag(content="* { transition: none !important; }")  # or a colour is caught on its way
     page.add_script_tag(path=AXE)
-    found = page.evaluate(f"axe.run(document, {{resultTypes: ['violations'], {rules}}})")["violations"]
+    found = page.evaluate(f"axe.run({part}, {{resultTypes: ['violations'], {rules}}})")["violations"]
     return [f"{v['id']}: {v['nodes'][0]['html'][:150]} ({len(v['nodes'])})" for v in found
             if v["impact"] in ("serious", "critical")]
 
 
+def axe_finds_no_serious_violation(page, place, wrong):
+    return serious(page)
+
+
 def axe_finds_no_colours_too_close(page, place, wrong):  # all else is the same in the dark
-    rules = "runOnly: {type: 'rule', values: ['color-contrast', 'link-in-text-block']}"
-    return axe_finds_no_serious_violation(page, place, wrong, rules)
+    return serious(page, "runOnly: {type: 'rule', values: ['color-contrast', 'link-in-text-block']}")
 
 
 LOOKS = {

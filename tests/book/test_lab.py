@@ -5,14 +5,13 @@ No request but for files is let through. What a network says depends on the comm
 
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import ROOT
-from playwright.sync_api import expect, sync_playwright
-from test_browser import AXE, SIZES, lacking
+from conftest import ROOT, lacking
+from playwright.sync_api import expect
+from test_browser import AXE, SIZES, serious
 
 from helpers import attacks, filters, lab, losses, models
 from helpers.defence import Outputs, Path
@@ -23,16 +22,6 @@ SCRIPTS = ROOT / "book/_static/lab"
 SIGMA, STEPS = lab.SIGMA, lab.STEPS
 expect.set_options(timeout=60_000)
 FINISHED = ".lab-all:not([aria-busy])"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not (path := next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)):
-        lacking("Chromium")
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
-        yield started
-        started.close()
 
 
 @pytest.fixture
@@ -245,11 +234,7 @@ def test_axe_finds_no_serious_violation(visit, mode):
     page, _ = visit(mode=mode)
     page.locator("#lab-refuse").check()
     counted(page)
-    page.add_style_tag(content="* { transition: none !important; }")
-    page.add_script_tag(path=AXE)
-    found = page.evaluate("axe.run(document.querySelector('main'), {resultTypes: ['violations']})")["violations"]
-    assert not [f"{v['id']}: {v['nodes'][0]['html'][:150]} ({len(v['nodes'])})" for v in found
-                if v["impact"] in ("serious", "critical")]
+    assert not serious(page, part="document.querySelector('main')")
 
 
 def broken(how):
