@@ -80,6 +80,21 @@ def paper(chapters):
 
 
 @main.command()
+@_chapter
+def cost(chapters):
+    """List which kept units of the chapters the code as it is would compute again, and for how long."""
+    this = _checkout()
+    for chapter in this.chapters(*chapters):
+        rows = execution.cost(this, chapter)
+        click.echo(f"{chapter}: {sum(row['seconds'] for row in rows.values()):.0f} s of computing")
+        for function, row in rows.items():
+            why = sorted(row["changed"])
+            more = f" and {len(why) - 3} more" if len(why) > 3 else ""
+            click.echo(f"  {function:20} {row['again']:4} of {row['units']:4} units {row['seconds']:8.0f} s"
+                       + (f"  changed: {', '.join(why[:3])}{more}" if why else ""))
+
+
+@main.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--data", "dataset", default="digits", show_default=True, help="Data set of helpers.data.")
 @click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True)

@@ -23,9 +23,11 @@ import nbformat
 import psutil
 from joblib import cpu_count
 
-from helpers.book import Book, BookError
+from helpers.book import Book, BookError, code_cells
 from helpers.files import atomic
 from helpers.records import Record
+from helpers.tracing import changed
+from helpers.units import kept, versions
 
 # Processor seconds of a chapter, for each core of the machine. Time on the clock would measure its other work as well.
 LIMITS = {"smoke": 600, "quick": 2400, "paper": 24 * 3600}
@@ -75,6 +77,25 @@ def status(book: Book) -> list[Record]:
     """Records of the last run of each chapter and profile on this machine, but for those that failed."""
     runs = [Record.load(path) for path in sorted(book.output.glob("results/*/*.json"))]
     return [run for run in runs if book.run(run.chapter, run.profile)[0].exists()]
+
+
+def cost(book: Book, chapter: str) -> dict[str, dict]:
+    """Return what a run of the chapter would compute again of the units that are kept for it, by their function.
+
+    Each has the number of `units` kept, how many run `again`, their `seconds`, and the code that is another today:
+    names of helpers, and of the notebook. A unit whose function has changed runs again whatever its arguments.
+    """
+    source = "\n".join(cell.source for cell in code_cells(book.source(chapter))
+                       if cell.id != "setup")  # which has a magic command
+    found = {}
+    for unit in kept(book.output / "units" / chapter):
+        row = found.setdefault(unit["function"], {"units": 0, "again": 0, "seconds": 0.0, "changed": set()})
+        why = changed(unit["code"], source) if unit["code"] else ["(kept by an earlier layout)"]
+        why += [package for package, version in unit["versions"].items() if versions(package)[package] != version]
+        row["units"], row["changed"] = row["units"] + 1, row["changed"] | set(why)
+        if why:
+            row["again"], row["seconds"] = row["again"] + 1, row["seconds"] + unit["seconds"]
+    return found
 
 
 def failures(book: Book) -> list[Failure]:

@@ -33,11 +33,14 @@ def use_style():
     sns.set_theme(style="whitegrid", font_scale=0.95, rc={"axes.facecolor": BACKGROUND, "figure.dpi": 130})
 
 
-def show(fig, alt, caption=""):
-    """Display a Figure once as PNG, with its alternative text (the finding) and caption as metadata."""
+def show(fig, alt, caption="", cover=False):
+    """Display a Figure once as PNG, with its alternative text (the finding) and caption as metadata.
+
+    cover : the page shows it under its title as well, before any code.
+    """
     if not alt.strip():
         raise ValueError("alt: got an empty text; expected a sentence that says what the figure finds")
-    metadata = {"image/png": {"alt": alt, "caption": caption}}
+    metadata = {"image/png": {"alt": alt, "caption": caption} | ({"cover": True} if cover else {})}
     display({"image/png": png(fig), "text/plain": alt}, raw=True, metadata=metadata)
 
 

@@ -20,7 +20,8 @@ from pydantic import BaseModel, Field, NonNegativeInt, model_validator
 from helpers import __version__, files
 from helpers.checks import known
 from helpers.profiles import PROFILES
-from helpers.units import NO_COMPUTE, PACKAGES, earlier_seconds, versions
+from helpers.tracing import NO_COMPUTE
+from helpers.units import PACKAGES, earlier_seconds, versions
 
 _VERDICTS = ("reproduced", "undecided", "direction", "not-reproduced", "not-testable")  # from the best to the worst
 _FACTOR = 3  # a rate that is so many times the paper's, or a part of it, has not even its direction

@@ -101,14 +101,23 @@ def _without_places(book, text):
 
 
 def _with_figures(page, folder, chapter):
-    """Turn every figure into a MyST figure, with the alternative text and caption that its output brings along."""
+    """Turn every figure into a MyST figure, with the alternative text and caption that its output brings along.
+
+    The first that is marked as the cover stands under the title as well.
+    """
+    cover = None
     for cell in page.cells:
         figures = [output for output in cell.get("outputs", []) if "image/png" in output.get("metadata", {})]
         for label, output in zip([cell.id, *(f"{cell.id}-{n}" for n in range(2, 99))], figures, strict=False):
             about, name = output.metadata["image/png"], f"{chapter}-{label}.png"
             (folder / name).write_bytes(base64.b64decode(output.data["image/png"]))
-            options = f":alt: {json.dumps(about['alt'], ensure_ascii=False)}\n:name: fig-{chapter[:2]}-{label}"
-            output.data = {"text/markdown": f":::{{figure}} {name}\n{options}\n\n{about.get('caption', '')}\n:::"}
+            alt, at = json.dumps(about["alt"], ensure_ascii=False), f"fig-{chapter[:2]}-{label}"
+            head, caption = f":::{{figure}} {name}\n:alt: {alt}\n", about.get("caption", "")
+            output.data = {"text/markdown": f"{head}:name: {at}\n\n{caption}\n:::"}
+            if about.get("cover") and not cover:
+                cover = f"{head}\n{caption} [Where it is computed](#{at}).\n:::"
+    if cover:
+        page.cells.insert(1, nbformat.v4.new_markdown_cell(cover, id="cover"))
     return page
 
 

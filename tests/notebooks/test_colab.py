@@ -4,11 +4,13 @@ What stands in for Colab: a new virtual environment that sees only what the help
 the build back end (all linked from this environment, so that nothing is downloaded), an empty `google.colab`, and
 this checkout as the git repository behind the public address. pip builds without isolation for the same reason.
 The environment is made once, and the set-up cell, the same in all chapters, installs into it once. One chapter runs
-from nothing; the others go on from the units of their smoke runs, which the installed helpers must know.
+from nothing; the others go on from the units of their smoke runs, which the installed helpers must know. Behind the
+last cell the reader runs the code of the solutions.
 """
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -102,6 +104,12 @@ def variables(base):
     }
 
 
+def solutions(notebook):
+    """The code of a chapter's solutions: what its text has in fences of Python."""
+    texts = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    return re.findall(r"^```python\n(.*?)^```$", texts, re.DOTALL | re.MULTILINE)
+
+
 @pytest.fixture(scope="session")
 def colab(shared):
     """Folder with Colab's environment, in which the set-up cell has run, and what pip listed before and after."""
@@ -143,7 +151,9 @@ def test_chapter_runs_alone_with_the_installed_helpers(chapter, tmp_path, smoke,
         for folder in {"networks", "defences"} & {path.name for path in made.output.iterdir()}:
             shutil.copytree(made.output / folder, tmp_path / "_build" / folder)
     units = set(tmp_path.rglob("*.npz"))
-    shutil.copy(chapter, tmp_path)
+    notebook = nbformat.read(chapter, 4)
+    notebook.cells += map(nbformat.v4.new_code_cell, solutions(notebook))
+    nbformat.write(notebook, tmp_path / chapter.name)
     papermill(chapter.name, tmp_path, variables(colab))
     imported = run(colab / "venv/bin/python", "-c", "import helpers; print(helpers.__file__)", env=variables(colab))
     assert Path(imported).is_relative_to(colab / "venv")

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import helpers
 from helpers import flags, records
 from helpers.records import Claim, Record, claims, compare
-from helpers.units import NO_COMPUTE
+from helpers.tracing import NO_COMPUTE
 
 ROOT = Path(__file__).parents[2]
 CHAPTER = "02_mixed_batch_adversarial_training"

@@ -1,5 +1,6 @@
 """Units: what a file keeps, what makes a unit run again, and runs that are killed."""
 
+import ast
 import importlib
 import itertools
 import math
@@ -17,7 +18,8 @@ import numpy as np
 import papermill
 import pytest
 
-from helpers import units
+from helpers import execution, tracing, units
+from helpers.book import Book
 
 
 def square(x, log, offset=0):
@@ -122,7 +124,7 @@ def test_each_type_comes_back_as_it_went_the_first_time_and_later(tmp_path):
         assert equal(found, expected)
         assert equal(*units.run(nothing, [{}], folder=tmp_path, n_jobs=1), {})
     with np.load(next((tmp_path / "everything").iterdir()), allow_pickle=False) as members:
-        assert len(members.files) == 1 + sum(isinstance(value, np.ndarray) for value in expected.values())
+        assert len(members.files) == 2 + sum(isinstance(value, np.ndarray) for value in expected.values())
 
 
 @pytest.mark.parametrize("kind", ["set", "objects", "module", "list"])
@@ -351,51 +353,113 @@ def test_arguments_data_and_versions_count(chapter, monkeypatch):
 
 
 @pytest.fixture
-def changed(tmp_path, monkeypatch):
-    """A copy of the helpers whose modules the key is made from; append text to one of them."""
+def touch(tmp_path, monkeypatch):
+    """Change a function, a class or a whole module in a copy of the helpers that the key is made from."""
     package = tmp_path / "helpers"
-    shutil.copytree(Path(units.__file__).parent, package)
-    monkeypatch.setattr(units, "__file__", str(package / "units.py"))
+    shutil.copytree(tracing._FOLDER, package)
+    monkeypatch.setattr(tracing, "_FOLDER", package)
 
-    def change(module, text="\nextra = 1\n"):
-        with open(package / f"{module}.py", "a") as file:
-            file.write(text)
+    def change(label, statement="extra = 1"):
+        module, _, name = label.partition(".")
+        tree = ast.parse((package / f"{module}.py").read_text())
+        [body] = [node.body for node in tree.body if getattr(node, "name", None) == name] if name else [tree.body]
+        body[-1:-1] = ast.parse(statement).body
+        (package / f"{module}.py").write_text(ast.unparse(tree))
 
     return change
 
 
-USES = {  # how a unit comes to use helpers.training, and with it the attacks, the defences and the models
-    "module": ("from helpers import training", "len(training.__name__)"),
-    "name": ("from helpers.training import fit", "len(fit.__name__)"),
-    "alias": ("from helpers import training as t", "len(t.__name__)"),
-    "package": ("import helpers.training", "len(helpers.training.__name__)"),
-    "inside": ("", "len(__import__('helpers').__name__)\n    from helpers import training"),
-    "base class": ("from helpers.training import Adversary\nclass Mine(Adversary):\n    pass", "len(Mine.__name__)"),
+FIT = ("training.fit", "training.descend", "training._epoch", "models.predict", "losses.cross_entropy")
+OTHER = ("training.Adversary", "svm.kernel")
+USES = {  # how a unit comes to use helpers.training: what it hangs on then, and what of that module it does not
+    "module": ("from helpers import training", "len(training.__name__)", (*FIT, "training.Adversary"), ("svm.kernel",)),
+    "attribute": ("from helpers import training", "training.fit", FIT, OTHER),
+    "name": ("from helpers.training import fit", "fit", FIT, OTHER),
+    "alias": ("from helpers import training as t", "t.fit", FIT, OTHER),
+    "package": ("import helpers.training", "helpers.training.fit", (*FIT, "training.Adversary"), ()),
+    "inside": ("", "0\n    from helpers import training\n    y = training.fit", FIT, OTHER),
+    "value": ("from helpers import training", "getattr(training, 'fit')", (*FIT, "training.Adversary"),
+              ("svm.kernel",)),
+    "default": ("from helpers.training import fit\ndef other(how=fit):\n    return how", "other()", FIT, OTHER),
+    "closure": ("from helpers.training import fit\ndef make(how):\n    def made():\n        return how\n"
+                "    return made\nother = make(fit)", "other()", FIT, OTHER),
+    "base class": ("from helpers.training import Adversary\nclass Mine(Adversary):\n    pass", "Mine",
+                   ("training.Adversary", "threat.projection", "models.inference"), ("training.fit", "attacks.pgd")),
 }
 
 
-@pytest.mark.parametrize(("imports", "use"), USES.values(), ids=USES)
-def test_the_helpers_that_a_unit_reaches_count(chapter, changed, imports, use):
-    text = f"{imports}\ndef helper(x):\n    y = {use}\n    return y\ndef unit(x):\n    return {{'y': helper(x)}}\n"
+@pytest.mark.parametrize(("imports", "use", "reached", "not_reached"), USES.values(), ids=USES)
+def test_the_helpers_that_a_unit_reaches_count(chapter, touch, imports, use, reached, not_reached):
+    text = (f"{imports}\ndef helper(x):\n    y = {use}\n    return str(y)[:5]\n"
+            "def unit(x):\n    return {'y': helper(x)}\n")
     assert chapter(text) == 1
-    changed("training", "\n# a comment\n")
-    for module in ("figures", "records", "files", "units"):  # these compute nothing
-        changed(module)
+    touch("training", "'a docstring that moved'")
+    for label in ("figures.show", "records.claims", "files.sha256", "units.run", *not_reached):
+        touch(label)  # these compute nothing, or not for this unit
     assert chapter(text) == 1
-    for files, module in enumerate(("training", "attacks", "defence", "models", "threat"), start=2):
-        changed(module)
-        assert chapter(text) == files
+    for files, label in enumerate(reached, start=2):
+        touch(label)
+        assert chapter(text) == files, label
 
 
-def test_the_helpers_that_a_unit_does_not_reach_do_not_count(chapter, changed):
-    text = "from helpers import attacks, models\ndef unit(x):\n    return {'name': models.__name__}\n"
-    assert chapter(text) == chapter(MODULE, folder="none") == 1
-    for module in ("attacks", "evaluation", "threat", "a_later_chapter"):
-        changed(module)
-    assert chapter(text) == chapter(MODULE, folder="none") == 1
-    changed("models")
-    assert chapter(MODULE, folder="none") == 1
+def test_what_runs_on_import_counts_for_all_who_reach_the_module(chapter, touch):
+    text = "from helpers import losses, attacks\ndef unit(x):\n    return {'y': str(attacks.pgd)[:5]}\n"
+    assert chapter(text) == 1
+    touch("losses", "if True:\n    wrong = None")
     assert chapter(text) == 2
+    touch("losses", "new = 1")
+    assert chapter(text) == 2
+    touch("svm", "if True:\n    kernel = None")
+    assert chapter(text) == 2
+
+
+def test_a_layer_that_keras_finds_by_its_name_counts(chapter, touch):
+    text = "from helpers import filters\ndef unit(x):\n    return {'y': str(filters.gaussian)[:5]}\n"
+    layer = next(label for label in tracing.reached({("filters", "gaussian")}) if label == "helpers.filters on import")
+    assert "register_keras_serializable" in tracing.reached({("filters", "gaussian")})[layer]
+    assert chapter(text) == 1
+    touch("filters.Filter")
+    assert chapter(text) == 2
+
+
+def test_what_a_default_or_a_closure_holds_counts(chapter):
+    text = ("RATE = 0.1\ndef make(k):\n    def made(x):\n        return k * x\n    return made\ntwice = make(2)\n"
+            "def helper(x, rate=RATE):\n    return twice(x) * rate\ndef unit(x):\n    return {'y': helper(x)}\n")
+    assert chapter(text) == 1
+    assert chapter(text.replace("RATE = 0.1", "RATE = 0.2")) == 2
+    assert chapter(text.replace("make(2)", "make(3)")) == 3
+    assert chapter(text.replace("k * x", "k + x")) == 4
+
+
+def test_what_units_were_made_with_is_kept_beside_them(chapter, touch, tmp_path):
+    text = "from helpers import training\nSTEPS = 3\ndef unit(x):\n    return {'y': str(training.fit)[:STEPS]}\n"
+    chapter(text, grid=[{"x": 1}, {"x": 2}])
+    first, second = units.kept(tmp_path / "kept")
+    assert first["function"] == "unit" and first["arguments"] == {"x": 1} and second["arguments"] == {"x": 2}
+    assert first["seconds"] >= 0 and set(first["versions"]) == set(units.PACKAGES)
+    assert tracing.changed(first["code"], text) == []
+    assert tracing.changed(first["code"], text.replace("= 3", "= 4")) == ["STEPS"]
+    assert tracing.changed(first["code"], text.replace("'y'", "'z'")) == ["unit"]
+    touch("training.descend")
+    assert tracing.changed(first["code"], text) == ["helpers.training.descend"]
+    chapter(text, grid=[{"x": 1}])
+    assert [unit["arguments"]["x"] for unit in units.kept(tmp_path / "kept")] == [2, 1], "one that is superseded goes"
+
+
+def test_the_cost_of_a_change_is_known_before_it_is_paid(chapter, touch, tmp_path):
+    text = "from helpers import training\ndef unit(x):\n    return {'y': str(training.fit)[:5]}\n"
+    chapter(text, grid=[{"x": 1}, {"x": 2}], folder="units/01_toy")
+    cells = [nbformat.v4.new_code_cell("%pip install nothing", id="setup"), nbformat.v4.new_code_cell(text)]
+    book = Book(tmp_path, tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "notebooks/01_toy.ipynb")
+    assert execution.cost(book, "01_toy") == {"unit": {"units": 2, "again": 0, "seconds": 0, "changed": set()}}
+    touch("training.Adversary")
+    assert execution.cost(book, "01_toy")["unit"]["again"] == 0
+    touch("training.descend")
+    row = execution.cost(book, "01_toy")["unit"]
+    assert row.pop("seconds") > 0
+    assert row == {"units": 2, "again": 2, "changed": {"helpers.training.descend"}}
 
 
 def test_the_key_is_the_same_in_another_process(tmp_path):
