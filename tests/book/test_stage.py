@@ -205,6 +205,18 @@ def test_a_figure_gets_its_text_number_and_caption(tiny):
     assert "image/png" in clean and "chapter-card" not in clean
 
 
+def test_a_cover_stands_under_the_title_before_any_code_and_where_it_is_computed(tiny):
+    book = tiny(RECORD, FIGURE.replace('"caption":', '"cover": True, "caption":'), FIGURE)
+    execute(book, book.chapters())
+    stage(book)
+    build(book)
+    html = (book.output / "html/notebooks/02_tiny.html").read_text()
+    cover, computed, other = (match.start() for match in re.finditer(r"<figure[^>]*>", html))
+    assert html.index("Tiny chapter</h1>") < cover < html.index("chapter-card") < html.index("cell_input") < computed < other
+    assert 'href="#fig-02-c1"' in html[cover:computed] and "Fig. 2" in html[computed:other]
+    assert html.count('alt="It falls: from &quot;0.9&quot; to 0.1 # really"') == 3
+
+
 def test_the_ledger_holds_every_claim_once_and_says_where_there_is_no_record(tiny):
     book = tiny(RECORD)
     commit(book)
