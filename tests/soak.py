@@ -5,6 +5,7 @@ soak that was stopped goes on there. Runs of other code than today's do not coun
 a chapter is in profile quick. Other Pythons of 3.11 to 3.13 on the PATH get an environment below _build/soak.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,8 +20,10 @@ from pathlib import Path
 import click
 import pandas as pd
 
-from helpers.files import output, sha256
-from helpers.records import helpers_sha256
+from helpers import tracing
+from helpers.book import Book
+from helpers.files import output
+from helpers.tracing import bare
 
 ROOT = Path(__file__).resolve().parents[1]
 ONEDNN = ("own", "AVX2", "off", "SSE41")  # instructions that oneDNN may use; own: all that the processor has
@@ -71,8 +74,11 @@ def run(variant, executable):
 
 @cache
 def code(chapter):
-    """What a run's result belongs to: the sums of the chapter's notebook and of the helpers."""
-    return f"{sha256(f'notebooks/{chapter}.ipynb')[:10]} {helpers_sha256()[:10]}"
+    """What a run's result belongs to: one sum of the chapter's code and of the helpers that it imports, in turn."""
+    source = Book(Path(), output()).code(chapter)
+    texts = [source, *(bare(Path(tracing.__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
+                       for name in sorted(tracing.imported(source)))]
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:20]
 
 
 def interpreters(alone):
@@ -113,10 +119,11 @@ def named(line):
 @click.command(help=__doc__)
 @click.option("--runs", default=100, show_default=True, help="In all, those of earlier soaks included.")
 @click.option("--jobs", default=2, show_default=True, help="At a time.")
+@click.option("--chapter", "prefixes", multiple=True, help="Only this one; may be given again.")
 @click.option("--this-python", is_flag=True, help="With no other Python than the one that runs this.")
-def main(runs, jobs, this_python):
+def main(runs, jobs, prefixes, this_python):
     output("soak").mkdir(parents=True, exist_ok=True)
-    chapters, pythons = sorted(path.stem for path in Path("notebooks").glob("[0-9]*.ipynb")), interpreters(this_python)
+    chapters, pythons = Book(Path(), output()).chapters(*prefixes), interpreters(this_python)
     variants = plan(chapters, sorted(pythons), bool(os.environ.get("HELPERS_DATA")))
     planned = [variant for variant, _ in zip(variants, range(runs), strict=False)]
     path = output("soak.jsonl")

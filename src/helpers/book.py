@@ -38,6 +38,10 @@ class Book:
         """The notebook as written, without outputs."""
         return nbformat.read(self.root / f"notebooks/{chapter}.ipynb", 4)
 
+    def code(self, chapter: str) -> str:
+        """The notebook's code as one text, without the set-up cell, whose magic command is no Python."""
+        return "\n".join(cell.source for cell in code_cells(self.source(chapter)) if cell.id != "setup")
+
     def run(self, chapter: str, profile: str = "") -> tuple[Path, Path]:
         """Executed notebook and record of this machine's run."""
         name = profile or self.profile

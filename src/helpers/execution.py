@@ -23,7 +23,7 @@ import nbformat
 import psutil
 from joblib import cpu_count
 
-from helpers.book import Book, BookError, code_cells
+from helpers.book import Book, BookError
 from helpers.files import atomic
 from helpers.records import Record
 from helpers.tracing import changed
@@ -85,8 +85,7 @@ def cost(book: Book, chapter: str) -> dict[str, dict]:
     Each has the number of `units` kept, how many run `again`, their `seconds`, and the code that is another today:
     names of helpers, and of the notebook. A unit whose function has changed runs again whatever its arguments.
     """
-    source = "\n".join(cell.source for cell in code_cells(book.source(chapter))
-                       if cell.id != "setup")  # which has a magic command
+    source = book.code(chapter)
     found = {}
     for unit in kept(book.output / "units" / chapter):
         row = found.setdefault(unit["function"], {"units": 0, "again": 0, "seconds": 0.0, "changed": set()})

@@ -84,6 +84,18 @@ def reached(targets: Iterable[tuple[str, str | None]]) -> dict[str, str]:
     return found
 
 
+def imported(source: str) -> set[str]:
+    """Return the modules of helpers that a module or notebook imports by name, and these in turn; here all count."""
+    found, todo = {"__init__"}, [source]
+    while todo:
+        named = _parsed(todo.pop()).imports.items()
+        new = {module for name, targets in named if name != "helpers" for module, _ in targets} - found
+        new = {name for name in new if (_FOLDER / f"{name}.py").exists()}
+        todo += [(_FOLDER / f"{name}.py").read_text(encoding="utf-8") for name in new]
+        found |= new
+    return found
+
+
 def changed(before: dict[str, str], source: str = "") -> list[str]:
     """Return the labels of `before`, label -> digest as `code` and `digests` give it, whose code is another today.
 

@@ -462,6 +462,12 @@ def test_the_cost_of_a_change_is_known_before_it_is_paid(chapter, touch, tmp_pat
     assert row == {"units": 2, "again": 2, "changed": {"helpers.training.descend"}}
 
 
+def test_what_a_notebook_imports_is_known_by_name():
+    assert tracing.imported("import helpers\nimport numpy") == {"__init__"}
+    found = tracing.imported("def late():\n    from helpers import losses as l\nfrom helpers.threat import ThreatModel")
+    assert {"__init__", "losses", "threat"} <= found and not {"svm", "rejection", "site"} & found
+
+
 def test_the_key_is_the_same_in_another_process(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("from helpers import units\nA, B, C, D, E = range(5)\n"
