@@ -3,7 +3,8 @@
 Three networks of one shape (chapter 02's): trained normally, on mixed batches and with PGD, each under linf and l2.
 AutoAttack (Croce & Hein 2020; APGD-CE, APGD-T, FAB-T, Square with 5,000 queries) runs in PyTorch on
 the same weights; the logits of both are compared first, and both kinds of images judged by the Keras network. `union`
-is what neither leaves standing.
+is what neither leaves standing. Each network and threat is a unit: a bench that was stopped goes on. Seconds of
+the processor are compared, since neighbours lengthen those of the clock.
 
 PyTorch has builds of its own for every platform and is not in requirements.in: install it first, for a processor,
 where PYTHONPATH finds it. Usage: python tests/benchmarks/bench_strength.py [--help].
@@ -51,7 +52,7 @@ def arguments():
 
 
 def trained(name, dataset, options):
-    """The network, from the output folder where it has been trained before."""
+    """Path of the network in the output folder, where it may have been trained before."""
     path = options.output / "bench-networks" / f"{options.data}-{options.train}-{options.epochs}-{name}.keras"
     if not path.exists():
         model = models.two_conv(dataset.x_train.shape[1:], len(dataset.class_names))
@@ -59,7 +60,7 @@ def trained(name, dataset, options):
         training.fit(model, x, y, epochs=options.epochs, batch_size=128, adversary=NETWORKS[name], label=name)
         path.parent.mkdir(parents=True, exist_ok=True)
         model.save(path)
-    return keras.saving.load_model(path, compile=False, safe_mode=True)
+    return path
 
 
 class Flat(nn.Module):
@@ -112,50 +113,54 @@ def peer(network, x, y, norm, eps):
     return (found[0] if isinstance(found, tuple) else found).numpy().transpose(0, 2, 3, 1)
 
 
-def compare(model, x, y, norm, eps, options):
-    """A row: what each leaves, both together, and their seconds; and the cascade's table."""
-    threat, row = ThreatModel(norm, eps), {"clean": float(evaluation.correct(model, x, y).mean())}
+def seconds(function, *arguments, **options):
+    """What a call returns, and its seconds by the clock and of the processor, which neighbours do not change."""
+    clock, processor = time.perf_counter(), time.process_time()
+    found = function(*arguments, **options)
+    return found, time.perf_counter() - clock, time.process_time() - processor
+
+
+def compare(path, dataset, images, norm, eps, with_peer):
+    """A unit: what each leaves, both together, and their seconds; and the cascade's table."""
+    model, whole = keras.saving.load_model(path, compile=False, safe_mode=True), data.load(dataset)
+    some = np.random.default_rng(0).permutation(len(whole.x_test))[:images]
+    x, y, threat = whole.x_test[some], whole.y_test[some], ThreatModel(norm, eps)
+    row = {"clean": float(evaluation.correct(model, x, y).mean())}
     for attack in standard.STANDARD.values():  # compile before the clock runs
         attack(model, x[:2], y[:2], threat)
-    start = time.perf_counter()
-    found, table = standard.standard(model, x, y, threat, batch_size=len(x))
-    row |= {"ours, s": time.perf_counter() - start, "ours": float(np.mean(found.value <= 0))}
+    (found, table), row["ours, s"], row["ours, processor s"] = seconds(
+        standard.standard, model, x, y, threat, batch_size=len(x))
+    row["ours"] = float(np.mean(found.value <= 0))
     assert threat.contains(found.images, x).all()
     assert np.array_equal(evaluation.correct(model, found.images, y), found.value <= 0)
-    if options.without_peer:
-        return row, table
-    network = as_torch(model)
-    with torch.no_grad():
-        theirs = network(torch.tensor(x.transpose(0, 3, 1, 2))).numpy()
-    np.testing.assert_allclose(theirs, evaluation.logits(model, x), rtol=1e-4, atol=1e-4)
-    start = time.perf_counter()
-    images = peer(network, x, y, norm, eps)
-    row["AutoAttack, s"] = time.perf_counter() - start
-    standing = evaluation.correct(model, np.ascontiguousarray(images), y)
-    row |= {"AutoAttack": float(standing.mean()), "union": float((standing & (found.value <= 0)).mean())}
-    return row, table
+    if with_peer:
+        network = as_torch(model)
+        with torch.no_grad():
+            theirs = network(torch.tensor(x.transpose(0, 3, 1, 2))).numpy()
+        np.testing.assert_allclose(theirs, evaluation.logits(model, x), rtol=1e-4, atol=1e-4)
+        their_images, row["AutoAttack, s"], row["AutoAttack, processor s"] = seconds(peer, network, x, y, norm, eps)
+        standing = evaluation.correct(model, np.ascontiguousarray(their_images), y)
+        row |= {"AutoAttack": float(standing.mean()), "union": float((standing & (found.value <= 0)).mean())}
+    return {"row": row, "table": table.to_dict("list")}
 
 
 def ratios(rows):
     """What `TARGETS` are about, of every row."""
     return {(name, target): value for name, row in rows.items() for target, value in (
         ("accuracy above AutoAttack's", row["ours"] - row["AutoAttack"]),
-        ("AutoAttack's seconds / ours", row["AutoAttack, s"] / row["ours, s"]))}
+        ("AutoAttack's seconds / ours", row["AutoAttack, processor s"] / row["ours, processor s"]))}
 
 
 def main():
     options = arguments()
     logging.disable(logging.INFO)
     dataset = data.load(options.data)
-    some = np.random.default_rng(0).permutation(len(dataset.x_test))[: options.images]
-    x, y, rows, cascades = dataset.x_test[some], dataset.y_test[some], {}, []
-    for name in options.only:
-        model = trained(name, dataset, options)
-        for norm, eps in THREATS[name]:
-            key = f"{name}, {norm} {eps}"
-            rows[key], table = compare(model, x, y, norm, eps, options)
-            cascades.append(table.assign(network=key))
-            print(pd.DataFrame({key: rows[key]}).T.to_string(), table.to_string(), sep="\n", flush=True)
+    asked = {f"{name}, {norm} {eps}": dict(
+        path=str(trained(name, dataset, options)), dataset=options.data, images=options.images, norm=norm, eps=eps,
+        with_peer=not options.without_peer) for name in options.only for norm, eps in THREATS[name]}
+    found = units.run(compare, asked, folder=options.output / "bench-strength", n_jobs=1, data=dataset.sha256)
+    rows = {name: one["row"] for name, one in found.items()}
+    cascades = [pd.DataFrame(one["table"]).assign(network=name) for name, one in found.items()]
     tables = {"strength": pd.DataFrame.from_dict(rows, orient="index"),
               "cascade": pd.concat(cascades).reset_index(drop=True)}
     if not options.without_peer:

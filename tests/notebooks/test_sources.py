@@ -14,7 +14,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 REPOSITORY = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))["repository"]
-LONGEST_CELL = 40
+LONGEST_CELL, LONGEST_LINE = 20, 78  # a page shows 80 columns
 MACHINE_PATH = re.compile(r"(?<![\w.~])/(home|root|Users|work|tmp|mnt)/|\b[A-Z]:\\\\")
 
 every_chapter = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
@@ -57,9 +57,19 @@ def test_sources_carry_no_outputs(path):
 
 
 @every_chapter
-def test_code_cells_are_short(path):
+def test_code_cells_are_short_and_no_line_is_cut_off_on_the_page(path):
     long = {cell.id: count for cell in cells(path) if (count := len(cell.source.splitlines())) > LONGEST_CELL}
     assert not long, f"more than {LONGEST_CELL} lines: {long}"
+    wide = {cell.id: line for cell in cells(path) for line in cell.source.splitlines() if len(line) > LONGEST_LINE}
+    assert not wide, f"more than {LONGEST_LINE} characters: {wide}"
+
+
+@every_chapter
+def test_every_exercise_has_a_solution_that_is_folded(path):
+    text = "\n".join(cell.source for cell in cells(path, "markdown"))
+    asked = re.findall(r"^:{3,}\{exercise\}\n:label: (\S+)$", text, re.MULTILINE)
+    solved = re.findall(r"^:{3,}\{solution\} (\S+)\n:class: dropdown$", text, re.MULTILINE)
+    assert asked and asked == solved and len(set(asked)) == len(asked)
 
 
 @every_chapter
@@ -96,7 +106,7 @@ def test_set_up_cell_installs_what_the_launch_button_opens(path):
     """Both name the repository of _config.yml, and one ref: chapter and helpers on Colab are of one version."""
     config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
     assert config["launch_buttons"]["colab_url"] == "https://colab.research.google.com"
-    assert f'"git+{REPOSITORY["url"]}@{REPOSITORY["branch"]}"' in setup(path)
+    assert f'"{REPOSITORY["url"]}"' in setup(path) and f'"git+{{url}}@{REPOSITORY["branch"]}"' in setup(path)
 
 
 @every_chapter
