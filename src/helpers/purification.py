@@ -1,6 +1,6 @@
 """Purification: an autoencoder that cleans an image before a frozen classifier sees it (paper 05, Section V)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import keras
 import numpy as np
@@ -183,6 +183,14 @@ def keep_best(model, **measured):
         return rates
 
     return monitor, best
+
+
+def resized(dataset, side):
+    """`dataset` with its images scaled to `side` x `side` pixels, by area or, upwards, between the pixels."""
+    check_positive(side=side)
+    parts = {part: getattr(dataset, part) for part in ("x_train", "x_val", "x_test")}
+    return replace(dataset, **{part: np.clip(tf.image.resize(x, (side, side), antialias=True).numpy(), 0, 1)
+                               for part, x in parts.items() if x is not None})
 
 
 def right(defence, x, y, batch_size=50):
