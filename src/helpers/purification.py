@@ -273,7 +273,7 @@ def interval(values, groups, *, statistic=np.mean, draws=2000, confidence=0.95, 
     are drawn, then seeds of each, then whole groups of images, the same for all. groups : (n,), whose images are not
     independent, such as tiles; images of one group stay together.
     statistic : of the means (..., ) over the networks drawn; with the default the plain mean.
-    Returns (value, low, high), floats.
+    Returns (value, low, high), floats; draws in which the statistic is not finite are left out.
     """
     values = [np.asarray(each, float) for each in values]
     groups = np.asarray(groups)
@@ -293,8 +293,8 @@ def interval(values, groups, *, statistic=np.mean, draws=2000, confidence=0.95, 
         weights = np.bincount(rng.integers(len(sizes), size=len(sizes)), minlength=len(sizes))
         return measured([each[..., rng.integers(each.shape[-2], size=each.shape[-2]), :] for each in networks], weights)
 
-    found, tails = [drawn() for _ in range(draws)], (1 - confidence) / 2
-    low, high = np.nanquantile(found, [tails, 1 - tails])
+    found, tails = np.array([drawn() for _ in range(draws)]), (1 - confidence) / 2
+    low, high = np.quantile(found[np.isfinite(found)], [tails, 1 - tails]) if np.isfinite(found).any() else [np.nan] * 2
     return float(measured(sums, np.ones(len(sizes)))), float(low), float(high)
 
 
