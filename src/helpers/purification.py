@@ -1,6 +1,6 @@
 """Purification: an autoencoder that cleans an image before a frozen classifier sees it (paper 05, Section V)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import keras
 import numpy as np
@@ -9,9 +9,10 @@ from keras import layers
 from skimage.restoration import denoise_tv_chambolle
 
 from helpers import training
-from helpers.checks import check_images, check_labels, check_positive
-from helpers.defence import Behind, as_defence, check_defence
+from helpers.checks import check_images, check_labels, check_positive, known
+from helpers.defence import Behind, Outputs, Path, as_defence, check_defence
 from helpers.losses import cross_entropy
+from helpers.models import as_float64, inference, predict
 
 
 def autoencoder(input_shape, *, filters=(32, 64, 128, 256), seed=0):
@@ -122,14 +123,16 @@ def composite_loss(purified, clean, logits, y, weight):
     return restoration + weight * cross_entropy(logits, y)
 
 
-def fit(purifier, classifier, x_in, x, y, *, weight, epochs, batch_size=32, learning_rate=1e-3, monitor=None, seed=0,
-        label=None):
+def fit(purifier, classifier, x_in, x, y, *, weight, epochs, batch_size=32, learning_rate=1e-3, adversary=None,
+        monitor=None, seed=0, label=None):
     """Train `purifier` in place with Adam on `composite_loss`, through the frozen `classifier` in test mode.
 
     x_in, x : what the purifier is shown, and the clean images that it should give back; (n, h, w, c) float32 in [0, 1].
     y : labels (n,), every class among them. weight : of the classification loss; 0 is restoration alone.
-    monitor : function(purifier) -> dict of numbers to record after every epoch, or None. label : text of the progress
-    bar; None shows none. Returns a dict of lists, one value an epoch: "loss", and the monitor's.
+    adversary : `training.Adversary`, who attacks every batch of `x_in` anew, through purifier and classifier as they
+    are at that moment, or None. monitor : function(purifier) -> dict of numbers to record after every epoch, or None.
+    label : text of the progress bar; None shows none. Returns a dict of lists, one value an epoch: "loss", and the
+    monitor's.
     """
     check_images(x_in, "x_in")
     check_images(x)
@@ -144,7 +147,13 @@ def fit(purifier, classifier, x_in, x, y, *, weight, epochs, batch_size=32, lear
     if missing := sorted(set(range(classes)) - set(y.tolist())):
         raise ValueError(f"y lacks the classes {missing} of {classes}; expected images of every class to train on")
 
+    def whole(x):
+        return classifier(purifier(x, training=False), training=False)
+
     def losses_of(x_in, x, y, seed):
+        if adversary is not None:
+            attacked = adversary.craft(whole, x_in, y, seed)
+            x_in, x, y = (_twice(x_in, attacked), _twice(x, x), _twice(y, y)) if adversary.mixed else (attacked, x, y)
         purified = purifier(x_in, training=True)
         logits = classifier(purified, training=False)
         return composite_loss(purified, x, logits, y, weight), tf.argmax(logits, axis=1) == y
@@ -152,3 +161,147 @@ def fit(purifier, classifier, x_in, x, y, *, weight, epochs, batch_size=32, lear
     history = training.descend(purifier, losses_of, (x_in, x, y), epochs=epochs, batch_size=batch_size, after=monitor,
                                learning_rate=learning_rate, owner=Behind(purifier, classifier), seed=seed, label=label)
     return {key: values for key, values in history.items() if key != "accuracy"}  # of the classifier on the batches
+
+
+def _twice(one, other):
+    return tf.concat([one, other], axis=0)
+
+
+def keep_best(model, **measured):
+    """A monitor of training that keeps the weights of the best epoch, and the dictionary in which it keeps them.
+
+    measured : name -> (defence, x, y). The mean of the accuracies on these, validation images, is what has to rise.
+    The monitor records each as "validation, <name>"; the dictionary holds "accuracy" and "weights".
+    """
+    best = {"accuracy": -1.0, "weights": model.get_weights()}
+
+    def monitor(_):
+        rates = {f"validation, {name}": float(right(*each).mean()) for name, each in measured.items()}
+        mean = float(np.mean(list(rates.values())))
+        if mean > best["accuracy"]:
+            best.update(accuracy=mean, weights=model.get_weights())
+        return rates
+
+    return monitor, best
+
+
+def resized(dataset, side):
+    """`dataset` with its images scaled to `side` x `side` pixels, by area or, upwards, between the pixels."""
+    check_positive(side=side)
+    parts = {part: getattr(dataset, part) for part in ("x_train", "x_val", "x_test")}
+    return replace(dataset, **{part: np.clip(tf.image.resize(x, (side, side), antialias=True).numpy(), 0, 1)
+                               for part, x in parts.items() if x is not None})
+
+
+def right(defence, x, y, batch_size=50):
+    """Which images a defence classifies as `y`, (n,) bool. `x` may leave [0, 1], as purified images do.
+
+    With more than 50 images at once the maps of a deep network no longer fit a processor's cache.
+    """
+    return predict(as_defence(defence), x, batch_size).logits.argmax(axis=1) == y
+
+
+# ── Purification as a detector ──
+
+MEASURES = ("distance", "divergence")
+
+
+@dataclass(frozen=True, eq=False)
+class Residual:
+    """Purifier and classifier that refuse an image of which the purifier takes too much (MagNet, Meng & Chen 2017).
+
+    measure : of the residual. "distance" is the root mean square of x - P(x); "divergence" is Jensen's and Shannon's,
+    in nats, between the classifier's probabilities for x and for P(x). threshold : above which an image is refused.
+    """
+
+    purifier: keras.Model
+    classifier: keras.Model
+    measure: str
+    threshold: float
+    randomised = False
+
+    def __post_init__(self):
+        known("measure", self.measure, MEASURES)
+        check_positive(threshold=self.threshold)
+
+    def __call__(self, x):
+        """Logits of the purified image; the refusal is the logarithm of residual over threshold."""
+        x = tf.convert_to_tensor(x)
+        purified = inference(self.purifier)(x)
+        logits = inference(self.classifier)(purified)
+        if self.measure == "distance":
+            size = tf.sqrt(tf.reduce_mean((x - purified) ** 2, axis=(1, 2, 3)) + 1e-12)
+        else:
+            size = _divergence(inference(self.classifier)(x), logits)
+        return Outputs(logits, tf.math.log(size / self.threshold))
+
+    def paths(self, seed=0):
+        """Without the detector, which knows nothing of it; and the whole."""
+        return {"unaware": Path(defended(self.purifier, self.classifier)), "exact": Path(self)}
+
+    def as_float64(self):
+        """The same in float64."""
+        return Residual(as_float64(self.purifier), as_float64(self.classifier), self.measure, self.threshold)
+
+
+def _divergence(a, b):
+    """Jensen-Shannon divergence of two rows of logits, (n,), in nats; never 0, so that its logarithm is finite."""
+    a, b = tf.nn.log_softmax(a), tf.nn.log_softmax(b)
+    middle = tf.reduce_logsumexp(tf.stack([a, b]), axis=0) - np.log(2)
+    each = [tf.reduce_sum(tf.exp(p) * (p - middle), axis=1) for p in (a, b)]
+    return tf.maximum(sum(each) / 2, 0) + 1e-9
+
+
+def residual(purifier, classifier, measure, x, rejects=0.05, batch_size=50):
+    """A `Residual` that refuses the share `rejects` of the clean images `x`, which should be validation images."""
+    if not 0 < rejects < 1:
+        raise ValueError(f"rejects is {rejects}; expected a share above 0 and below 1")
+    check_images(x)
+    _check_pair(purifier, classifier)
+    whole = Residual(purifier, classifier, measure, 1.0)
+    sizes = np.exp(predict(whole, x, batch_size).refusal)
+    return Residual(purifier, classifier, measure, float(np.quantile(sizes, 1 - rejects)))
+
+
+# ── Intervals ──
+
+
+def interval(values, groups, *, statistic=np.mean, draws=2000, confidence=0.95, seed=0):
+    """`statistic` of the means over seeds and images, and its interval by a hierarchical bootstrap.
+
+    values : one array a network, (..., seeds, n): of each seed and image, of any number of measures on them. Networks
+    are drawn, then seeds of each, then whole groups of images, the same for all. groups : (n,), whose images are not
+    independent, such as tiles; images of one group stay together.
+    statistic : of the means (..., ) over the networks drawn; with the default the plain mean.
+    Returns (value, low, high), floats; draws in which the statistic is not finite are left out.
+    """
+    values = [np.asarray(each, float) for each in values]
+    groups = np.asarray(groups)
+    if not values or any(each.ndim < 2 or each.shape[-1:] != groups.shape for each in values):
+        raise ValueError(f"values have shapes {[each.shape for each in values]} and groups {groups.shape}; expected "
+                         "one array (..., seeds, n) or more, and (n,)")
+    rng, (_, at) = np.random.default_rng(seed), np.unique(groups, return_inverse=True)
+    sizes = np.bincount(at)
+    sums = [np.apply_along_axis(lambda row: np.bincount(at, row), -1, each) for each in values]
+
+    def measured(networks, weights):
+        means = [(each @ weights).mean(axis=-1) / (sizes @ weights) for each in networks]
+        return statistic(np.mean(means, axis=0))
+
+    def drawn():
+        networks = [sums[i] for i in rng.integers(len(sums), size=len(sums))]
+        weights = np.bincount(rng.integers(len(sizes), size=len(sizes)), minlength=len(sizes))
+        return measured([each[..., rng.integers(each.shape[-2], size=each.shape[-2]), :] for each in networks], weights)
+
+    found, tails = np.array([drawn() for _ in range(draws)]), (1 - confidence) / 2
+    low, high = np.quantile(found[np.isfinite(found)], [tails, 1 - tails]) if np.isfinite(found).any() else [np.nan] * 2
+    return float(measured(sums, np.ones(len(sizes)))), float(low), float(high)
+
+
+def won_back(rates):
+    """Share of the lost accuracy that a defence wins back, of (clean, attacked, defended); NaN where nothing is lost.
+
+    Above 1 where the defended accuracy exceeds the clean one.
+    """
+    clean, attacked, defended = rates
+    return (defended - attacked) / (clean - attacked) if clean - attacked > 1e-9 else np.nan

@@ -87,3 +87,12 @@ def test_the_raw_slices_are_solved_by_their_corners_and_the_bodies_alone_are_not
     raw, body = (leaks.rules(data.load(name)) for name in ("ct_raw", "ct"))
     assert raw["corners"] == raw["median"] == 1
     assert body["corners"] == body["border"] == body["mode"] == pytest.approx(1 / 3)
+
+
+def test_a_shortcut_is_planted_in_a_copy():
+    clean = noise()
+    marked = leaks.planted(clean)
+    assert leaks.rules(marked)["corners"] == 1 and leaks.rules(clean)["corners"] < 0.5
+    assert (marked.x_test[:, 1:] == clean.x_test[:, 1:]).all()
+    with pytest.raises(ValueError, match="first is 0.9 and step 0.2; expected greys in"):
+        leaks.planted(clean, first=0.9)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.restoration import denoise_tv_chambolle
 
-from helpers import attacks, evaluation, models, purification
+from helpers import attacks, data, evaluation, models, purification, training
 from helpers.defence import Behind
 from helpers.losses import evasion, margin
 from helpers.purification import TotalVariation, autoencoder, composite_loss, defended
@@ -293,3 +293,129 @@ def test_rounding_of_the_smoothing_does_not_leave_the_pixel_range(monkeypatch):
     monkeypatch.setattr(purification, "denoise_tv_chambolle", lambda image, *_, **__: 1.0001 * image - 6e-9)
     cleaned = TotalVariation(0.1)(np.stack([np.zeros((8, 8, 1)), np.ones((8, 8, 1))]).astype("float32")).numpy()
     assert (cleaned.min(), cleaned.max()) == (0, 1)
+
+
+def test_an_adversary_attacks_every_batch_through_both():
+    """One step from the same start: the loss is that of the images that he makes, and of the clean ones if mixed."""
+    classifier, foe = frozen(), training.Adversary(0.1, mixed=False)
+    for mixed in (False, True):
+        purifier = small()
+        whole = defended(purifier, classifier)
+        attacked = attacks.fgsm(whole, X, Y, ThreatModel("linf", 0.1)).images
+        losses = [composite_loss(purifier(x), X, classifier(purifier(x), training=False), Y, 1.0).numpy().mean()
+                  for x in (attacked, X)]
+        history = purification.fit(purifier, classifier, X, X, Y, weight=1.0, epochs=1, learning_rate=1e-12,
+                                   adversary=training.Adversary(0.1, mixed=mixed) if mixed else foe)
+        np.testing.assert_allclose(history["loss"], [np.mean(losses) if mixed else losses[0]], rtol=1e-4)
+    assert losses[0] > losses[1]
+
+
+def test_the_best_epoch_is_kept():
+    model = models.two_conv(SHAPE, 3, seed=1)
+    monitor, best = purification.keep_best(model, clean=(model, X, np.full(24, 2)))
+    rates, bias = [], model.layers[-1].bias
+    for favoured in (0, 2, 1):
+        bias.assign(100 * np.eye(3)[favoured])
+        rates.append(monitor(model)["validation, clean"])
+    assert rates == [0, 1, 0] and best["accuracy"] == 1
+    np.testing.assert_array_equal(best["weights"][-1], [0, 0, 100])
+
+
+def test_right_takes_purified_images_that_leave_the_range_of_pixels():
+    model = frozen()
+    y = model(X + 0.5, training=False).numpy().argmax(axis=1)
+    assert purification.right(model, X + 0.5, y).all() and not purification.right(model, X + 0.5, (y + 1) % 3).any()
+
+
+def test_a_data_set_is_scaled_in_all_its_parts():
+    d = data.load("textures").take(30, 9).split(6)
+    other = purification.resized(d, 32)
+    assert {part.shape[1:] for part in (other.x_train, other.x_val, other.x_test)} == {(32, 32, 1)}
+    np.testing.assert_allclose(other.x_test.mean(axis=(1, 2, 3)), d.x_test.mean(axis=(1, 2, 3)), atol=0.02)
+    with pytest.raises(ValueError, match="side is 0"):
+        purification.resized(d, 0)
+
+
+# ── The residual as a detector ──
+
+
+@pytest.mark.parametrize("measure", purification.MEASURES)
+def test_the_detector_refuses_the_share_that_it_was_set_to(measure):
+    guard = purification.residual(small(), frozen(), measure, X, 0.25)
+    refusal = guard(X).refusal.numpy()
+    assert (refusal > 0).sum() == 6  # of 24
+    np.testing.assert_allclose(guard(X).logits, defended(small(), frozen())(X).logits, atol=1e-6)
+    assert list(guard.paths()) == ["unaware", "exact"] and guard.paths()["exact"].outputs is guard
+
+
+def test_the_residuals_by_hand():
+    purifier, classifier = small(), frozen()
+    purified = purifier(X).numpy()
+    distance = np.sqrt(((X - purified) ** 2).mean(axis=(1, 2, 3)))
+    np.testing.assert_allclose(purification.Residual(purifier, classifier, "distance", 0.1)(X).refusal,
+                               np.log(distance / 0.1), rtol=1e-4)
+    p, q = (tf.nn.softmax(classifier(x, training=False)).numpy().astype(float) for x in (X, purified))
+    m = (p + q) / 2
+    divergence = ((p * np.log(p / m)).sum(axis=1) + (q * np.log(q / m)).sum(axis=1)) / 2
+    found = 0.01 * np.exp(purification.Residual(purifier, classifier, "divergence", 0.01)(X).refusal)
+    np.testing.assert_allclose(found, divergence, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("measure", purification.MEASURES)
+def test_an_attacker_who_knows_the_detector_has_its_gradient(measure):
+    guard = purification.residual(small(), frozen(), measure, X)
+    errors, kinked = evaluation.gradient_errors(guard, X[:5], Y[:5], lambda outputs, y: outputs.refusal)
+    assert errors[~kinked].max() < 1e-3 and not kinked.all()
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"measure": "size"}, "unknown 'size'"), ({"rejects": 0.0}, "rejects is 0.0; expected a share"),
+    ({"rejects": 1.0}, "rejects is 1.0"), ({"x": X * 255}, "expected pixels in"),
+    ({"classifier": frozen(trainable=True)}, "expected a frozen one")])
+def test_bad_input_of_the_detector_is_named(change, message):
+    arguments = {"purifier": small(), "classifier": frozen(), "measure": "distance", "x": X, "rejects": 0.05} | change
+    with pytest.raises(ValueError, match=message):
+        purification.residual(**arguments)
+
+
+# ── Intervals ──
+
+
+def test_the_interval_is_that_of_images_where_nothing_else_varies():
+    hits = rng.random((1, 2000)) < 0.7
+    value, low, high = purification.interval([hits], np.arange(2000))
+    reach = 1.96 * np.sqrt(0.7 * 0.3 / 2000)
+    assert value == pytest.approx(hits.mean()) and (high - low) / 2 == pytest.approx(reach, rel=0.15)
+
+
+def test_images_of_one_tile_do_not_count_as_three():
+    tiles = np.repeat(rng.random((1, 500)) < 0.7, 3, axis=1)
+    wide, narrow = (purification.interval([tiles], groups)[1:]
+                    for groups in (np.repeat(np.arange(500), 3), np.arange(1500)))
+    assert (wide[1] - wide[0]) / (narrow[1] - narrow[0]) == pytest.approx(np.sqrt(3), rel=0.15)
+
+
+def test_seeds_of_one_network_do_not_count_as_networks():
+    seeds = [np.full((3, 50), level) for level in (0.2, 0.9)]  # two networks, whose seeds agree
+    value, low, high = purification.interval(seeds, np.arange(50))
+    assert (value, low, high) == pytest.approx((0.55, 0.2, 0.9))
+    one = np.concatenate(seeds)  # as if they were six seeds of one network
+    assert purification.interval([one], np.arange(50))[1] > 0.2
+
+
+def test_networks_count_alike_whatever_their_seeds():
+    few, many = np.zeros((1, 10)), np.ones((9, 10))
+    assert purification.interval([few, many], np.arange(10), draws=10)[0] == 0.5
+
+
+def test_a_statistic_of_several_measures_is_taken_of_the_means():
+    rates = np.stack([np.full((2, 40), rate) for rate in (0.9, 0.3, 0.6)])
+    found = purification.interval([rates], np.arange(40), statistic=purification.won_back, draws=50)
+    assert found == pytest.approx((0.5, 0.5, 0.5))
+    assert np.isnan(purification.won_back((0.9, 0.9, 0.9))) and purification.won_back((0.9, 0.5, 0.9)) == 1
+
+
+@pytest.mark.parametrize("values, groups", [([], [0]), ([np.ones((2, 3))], [0, 0]), ([np.ones(3)], [0, 1, 2])])
+def test_bad_input_of_the_interval_is_named(values, groups):
+    with pytest.raises(ValueError, match=r"expected one array \(..., seeds, n\) or more"):
+        purification.interval(values, groups)
