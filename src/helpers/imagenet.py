@@ -153,7 +153,8 @@ def read_state(path):
             dtype, length = kinds[key]
             count, content = int.from_bytes(file.read(8), "little"), file.read(dtype.itemsize * length)
             if count != length or len(content) != dtype.itemsize * length:
-                raise ValueError(f"{Path(path).name} is damaged: {count} numbers in a storage of {length}")
+                raise ValueError(f"{Path(path).name} is damaged: {count} numbers in {len(content)} bytes; expected "
+                                 f"{length} of {dtype}")
             stored[key] = np.frombuffer(content, dtype)
     return {name: np.lib.stride_tricks.as_strided(
         stored[key][offset:], shape, [step * stored[key].itemsize for step in strides]).copy()
