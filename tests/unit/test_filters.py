@@ -244,8 +244,8 @@ def test_arguments_of_survivors_are_checked(grid, names, message):
 
 
 def test_surrogates_of_what_is_no_filter_are_refused():
-    with pytest.raises(ValueError, match="kind: unknown 'gausian', did you mean 'gaussian'"):
-        filters.surrogates("gausian", 1.0)
+    with pytest.raises(ValueError, match="kind: unknown 'gaussian2', did you mean 'gaussian'"):
+        filters.surrogates("gaussian2", 1.0)
     with pytest.raises(ValueError, match="value is 4"):
         filters.surrogates("median", 4)
 
