@@ -131,6 +131,10 @@ def _mixed(whole, rest):
     return whole + (rest**3 + rest) / 2
 
 
+def _sine(whole, rest):
+    return whole + rest - tf.sin(2 * np.pi * rest) / (2 * np.pi)
+
+
 def _kept(whole, rest):
     return whole + tf.where(whole != 0, rest, tf.zeros_like(rest))
 
@@ -183,6 +187,14 @@ def surrogates(kind, value):
            "bits": {"staircase": soft_bits}, "tv": {"exact": total_variation}}[kind]
     return {"identity": tf.identity, "smooth": partial(gaussian, sigma=1.0)} | {
         name: _of(function, value) for name, function in own.items()}
+
+
+def held_back(kind, value):
+    """More of them, which `surrogates` leaves out: what would the next one add? {} where there is none."""
+    value = _checked(known("kind", kind, FILTERS), value)
+    own = {"median": {"softer": partial(soft_median, width=0.1)}, "bits": {"steeper": partial(soft_bits, share=0.1)},
+           "jpeg": {"sine": partial(jpeg_like, rounding=_sine)}}
+    return {name: _of(function, value) for name, function in own.get(kind, {}).items()}
 
 
 def _of(function, value):
@@ -269,10 +281,14 @@ class Filtered(Behind):
         return ways
 
 
-def attacked(network, kind, value):
-    """`defend` with a path for each of the filter's `surrogates`, for an attacker who tries them all."""
-    plain = defend(network, kind, value)
-    return Filtered(plain.before, plain.network, plain.exact, plain.instead, surrogates(kind, value))
+def attacked(network, kind, value, spare=False):
+    """`defend` with a path for each of the filter's `surrogates`, for an attacker who tries them all.
+
+    spare : whether those that are `held_back` come after them.
+    """
+    plain, tried = defend(network, kind, value), surrogates(kind, value)
+    tried |= held_back(kind, value) if spare else {}
+    return Filtered(plain.before, plain.network, plain.exact, plain.instead, tried)
 
 
 def power_by_frequency(change):

@@ -186,6 +186,15 @@ def test_surrogates_are_like_the_filter_and_have_a_gradient(kind, value):
 
 
 @every_kind
+def test_what_is_held_back_is_no_surrogate_yet_and_has_a_gradient(kind, value):
+    spare, known = filters.held_back(kind, value), filters.surrogates(kind, value)
+    assert not spare.keys() & known.keys() and bool(spare) == (kind in ("median", "jpeg", "bits"))
+    assert list(filters.attacked(network(), kind, value, spare=True).paths()) == ["unaware", *known, *spare]
+    for surrogate in spare.values():
+        assert gradient(surrogate, X, rng.standard_normal(X.shape).astype("float32")).any()
+
+
+@every_kind
 def test_every_surrogate_is_a_path_with_the_filter_s_answers_and_its_own_gradient(kind, value):
     net, weight = network(), rng.standard_normal(X.shape).astype("float32")
     defended, own = filters.attacked(net, kind, value), filters.surrogates(kind, value)
