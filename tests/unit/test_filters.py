@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import skimage.filters
+import skimage.restoration
 import tensorflow as tf
 from hypothesis import given, settings
 from PIL import Image
@@ -19,7 +20,7 @@ from helpers.threat import ThreatModel
 
 rng = np.random.default_rng(0)
 X = rng.uniform(0, 1, (4, 13, 17, 3)).astype("float32")  # not square: rows and columns must not be mixed up
-KINDS = {"gaussian": 1.5, "median": 3, "jpeg": 50, "bits": 3}
+KINDS = {"gaussian": 1.5, "median": 3, "jpeg": 50, "bits": 3, "tv": 0.1}
 every_kind = pytest.mark.parametrize(("kind", "value"), KINDS.items(), ids=KINDS)
 quickly = settings(max_examples=10, deadline=None, derandomize=True)
 
@@ -55,6 +56,15 @@ def test_jpeg_is_near_that_of_another_library_and_loses_more_at_lower_quality():
         assert np.abs(found - np.asarray(Image.open(file)) / 255).mean() < 0.01
     losses = [np.abs(filters.apply(smooth, "jpeg", quality) - smooth).mean() for quality in (100, 50, 5)]
     assert losses[0] < 0.01 and losses[0] < losses[1] < losses[2]
+
+
+@pytest.mark.parametrize("weight", [0.02, 0.1, 0.5])
+def test_total_variation_equals_scikit_image(weight):
+    found = filters.apply(X, "tv", weight)
+    for image, result in zip(X, found, strict=True):
+        expected = skimage.restoration.denoise_tv_chambolle(
+            image, weight, eps=0, max_num_iter=filters.TV_STEPS + 1, channel_axis=-1)
+        np.testing.assert_allclose(result, np.clip(expected, 0, 1), atol=1e-4)
 
 
 @pytest.mark.parametrize("depth", [1, 3, 8])
@@ -117,7 +127,7 @@ def gradient(layer, x, weight):
     return tape.gradient(value, x, unconnected_gradients="zero").numpy()
 
 
-@pytest.mark.parametrize(("kind", "value"), [("gaussian", 1.0), ("median", 3), ("median", 5)])
+@pytest.mark.parametrize(("kind", "value"), [("gaussian", 1.0), ("median", 3), ("median", 5), ("tv", 0.1)])
 def test_the_exact_gradient_agrees_with_finite_differences(kind, value):
     x, weight = rng.uniform(0, 1, (1, 8, 9, 2)), rng.standard_normal((1, 8, 9, 2))
     layer = Filter(kind, value, dtype="float64")
@@ -162,6 +172,93 @@ def test_the_stand_in_for_jpeg_is_near_it_and_has_its_gradient(quality, channels
     assert slope == pytest.approx(float(ends[0] - ends[1]) / 2e-7, rel=1e-4) and abs(slope) > 1
 
 
+# ── Surrogates: the filter on the way there, something like it on the way back ──
+
+
+@every_kind
+def test_surrogates_are_like_the_filter_and_have_a_gradient(kind, value):
+    """On a smooth picture all are near the filter, the identity and the smooth one as near as the filter is to it."""
+    smooth = scipy.ndimage.gaussian_filter(X, (0, 4, 4, 0))
+    for name, surrogate in filters.surrogates(kind, value).items():
+        near = np.abs(np.asarray(surrogate(tf.constant(smooth))) - filters.apply(smooth, kind, value)).mean()
+        assert near < 0.08, name
+        assert gradient(surrogate, smooth, rng.standard_normal(X.shape).astype("float32")).any(), name
+
+
+@every_kind
+def test_what_is_held_back_is_no_surrogate_yet_and_has_a_gradient(kind, value):
+    spare, known = filters.held_back(kind, value), filters.surrogates(kind, value)
+    assert not spare.keys() & known.keys() and bool(spare) == (kind in ("median", "jpeg", "bits"))
+    assert list(filters.attacked(network(), kind, value, spare=True).paths()) == ["unaware", *known, *spare]
+    for surrogate in spare.values():
+        assert gradient(surrogate, X, rng.standard_normal(X.shape).astype("float32")).any()
+
+
+@every_kind
+def test_every_surrogate_is_a_path_with_the_filter_s_answers_and_its_own_gradient(kind, value):
+    net, weight = network(), rng.standard_normal(X.shape).astype("float32")
+    defended, own = filters.attacked(net, kind, value), filters.surrogates(kind, value)
+    paths = defended.paths()
+    assert list(paths) == ["unaware", *own]
+    expected = evaluation.logits(filters.defend(net, kind, value), X)
+    np.testing.assert_allclose(evaluation.logits(defended, X), expected, atol=1e-5)
+    for name, surrogate in own.items():
+        np.testing.assert_allclose(paths[name].outputs(tf.constant(X)).logits, expected, atol=1e-4)
+        np.testing.assert_allclose(gradient(paths[name].outputs.shown, X, weight), gradient(surrogate, X, weight),
+                                   atol=1e-4)
+
+
+def test_the_soft_median_shares_its_gradient_among_near_pixels():
+    x = np.linspace(0.4, 0.41, 36, dtype="float32").reshape(1, 6, 6, 1)
+    soft, sharp = (gradient(lambda x, f=f: f(x, 3), x, np.ones_like(x)) for f in (filters.soft_median, filters.median))
+    assert soft.sum() == pytest.approx(36, rel=1e-4) and soft.std() < sharp.std()
+
+
+# ── Where a change lives ──
+
+
+def test_white_noise_has_the_same_power_at_all_frequencies_and_a_wave_at_one():
+    white = filters.power_by_frequency(rng.standard_normal((200, 16, 16, 3)))
+    np.testing.assert_allclose(white, 1, atol=0.2)
+    wave = np.broadcast_to(np.sin(2 * np.pi * np.arange(16) / 4)[:, None, None], (2, 16, 16, 1))
+    power = filters.power_by_frequency(wave)
+    assert power[4] == pytest.approx(256 / 32) and np.delete(power, 4).max() < 1e-9  # a ring of 32 of 256 frequencies
+    assert not filters.power_by_frequency(0 * wave).any()
+
+
+# ── Attackers who try one surrogate after the other ──
+
+
+def test_survivors_fall_with_every_path_and_every_eps():
+    net = network()
+    defended = filters.attacked(net, "jpeg", 50)
+    y = evaluation.logits(defended, X).argmax(axis=1)
+    y[0] = (y[0] + 1) % 3  # wrong without an attack
+    grid, names = np.array([2, 32]) / 255, list(defended.surrogates)
+    standing, stored = filters.survivors(defended, grid, X, y, names=names, steps=3)
+    assert standing.shape == (len(names), 2, len(X)) and stored.shape == (2, len(X))
+    assert not standing[:, :, 0].any() and not stored[:, 0].any()
+    assert (standing[1:] <= standing[:-1]).all() and (standing[:, 1:] <= standing[:, :-1]).all()
+    alone = filters.survivors(defended, grid, X, y, names=names[:1], steps=3)[0]
+    np.testing.assert_array_equal(alone[0], standing[0])
+    assert (stored[1] <= stored[0]).all()
+
+
+@pytest.mark.parametrize(("grid", "names", "message"), [
+    ([0.1, 0.05], ["identity"], "^grid is .*rising"), ([0.0, 0.1], ["identity"], "> 0"), ([], ["identity"], "grid is"),
+    ([0.1], ["identiti"], "names: unknown 'identiti', did you mean 'identity'")])
+def test_arguments_of_survivors_are_checked(grid, names, message):
+    with pytest.raises(ValueError, match=message):
+        filters.survivors(filters.attacked(network(), "bits", 3), grid, X, np.zeros(4, int), names=names)
+
+
+def test_surrogates_of_what_is_no_filter_are_refused():
+    with pytest.raises(ValueError, match="kind: unknown 'gaussian2', did you mean 'gaussian'"):
+        filters.surrogates("gaussian2", 1.0)
+    with pytest.raises(ValueError, match="value is 4"):
+        filters.surrogates("median", 4)
+
+
 # ── In front of a network ──
 
 
@@ -177,7 +274,8 @@ def test_a_defended_network_sees_the_filtered_image(kind, value):
     net = models.inception(X.shape[1:], 3, width=2)
     defended, expected = filters.defend(net, kind, value), evaluation.logits(net, filters.apply(X, kind, value))
     np.testing.assert_allclose(evaluation.logits(defended, X), expected, atol=1e-4)
-    paths, strongest = defended.paths(), {"gaussian": ["exact"], "median": ["exact"], "jpeg": ["approximated"]}
+    paths, strongest = defended.paths(), dict.fromkeys(["gaussian", "median", "tv"], ["exact"]) | {
+        "jpeg": ["approximated"]}
     assert list(paths) == ["unaware", "BPDA", *strongest.get(kind, [])]
     for name, path in paths.items():
         seen = evaluation.logits(net, X) if name == "unaware" else expected
@@ -196,7 +294,7 @@ def test_every_path_is_judged_by_what_is_deployed(kind, value):
         seen = evaluation.logits(net, filters.apply(found.images, kind, value))
         np.testing.assert_array_equal(found.value > 0, seen.argmax(axis=1) != y)
     assert evaluation.has_gradient(defended.paths()["BPDA"], X, y).all()
-    assert evaluation.has_gradient(defended, X, y).any() == (kind in ("gaussian", "median"))
+    assert evaluation.has_gradient(defended, X, y).any() == (kind in ("gaussian", "median", "tv"))
 
 
 @every_kind
@@ -230,7 +328,8 @@ def test_a_filter_comes_back_from_its_configuration():
     ("median", 4, "value is 4.*odd"), ("median", 0, "odd"), ("median", 2.5, "odd"),
     ("gaussian", -1, "value is -1.*>= 0"), ("gaussian", np.nan, "finite"), ("gaussian", np.inf, "finite"),
     ("jpeg", 0, "1 to 100"), ("jpeg", 101, "1 to 100"),
-    ("bits", 9, "1 to 8"), ("bits", 2.5, "1 to 8"), ("gaussian2", 1, "did you mean 'gaussian'"),
+    ("bits", 9, "1 to 8"), ("bits", 2.5, "1 to 8"),
+    ("tv", 0, "finite weight > 0"), ("tv", np.inf, "finite"), ("gaussian2", 1, "did you mean 'gaussian'"),
 ])
 def test_values_that_make_no_filter_are_refused(kind, value, message):
     with pytest.raises(ValueError, match=message):
