@@ -36,9 +36,9 @@ def autoencoder(input_shape, *, filters=(32, 64, 128, 256), seed=0):
     for count, skip in zip(filters[-2::-1], skips[-2:0:-1], strict=True):
         hidden = _leaky(layers.Conv2DTranspose(count, 4, 2, padding="same")(hidden))
         hidden = layers.Add()([hidden, skip])
-    # Starting from mid-grey keeps the last ReLU from being born dead.
-    output = layers.Conv2DTranspose(channels, 4, 2, padding="same", activation="relu", bias_initializer=_GREY)(hidden)
-    return keras.Model(image, output, name="purifier")
+    # Starting from mid-grey keeps the last ReLU from being born dead; `fit` keeps it from dying.
+    output = layers.Conv2DTranspose(channels, 4, 2, padding="same", bias_initializer=_GREY)(hidden)
+    return keras.Model(image, layers.ReLU()(output), name="purifier")
 
 
 def _leaky(hidden):
@@ -127,6 +127,8 @@ def fit(purifier, classifier, x_in, x, y, *, weight, epochs, batch_size=32, lear
         monitor=None, seed=0, label=None):
     """Train `purifier` in place with Adam on `composite_loss`, through the frozen `classifier` in test mode.
 
+    Where the purifier ends in a ReLU, a gradient that leads upwards passes it below zero, too, in training: on images
+    that are mostly black it falls below zero everywhere, has no gradient there, and the purifier draws black for ever.
     x_in, x : what the purifier is shown, and the clean images that it should give back; (n, h, w, c) float32 in [0, 1].
     y : labels (n,), every class among them. weight : of the classification loss; 0 is restoration alone.
     adversary : `training.Adversary`, who attacks every batch of `x_in` anew, through purifier and classifier as they
@@ -150,17 +152,33 @@ def fit(purifier, classifier, x_in, x, y, *, weight, epochs, batch_size=32, lear
     def whole(x):
         return classifier(purifier(x, training=False), training=False)
 
+    draw = _awake(purifier)
+
     def losses_of(x_in, x, y, seed):
         if adversary is not None:
             attacked = adversary.craft(whole, x_in, y, seed)
             x_in, x, y = (_twice(x_in, attacked), _twice(x, x), _twice(y, y)) if adversary.mixed else (attacked, x, y)
-        purified = purifier(x_in, training=True)
+        purified = draw(x_in)
         logits = classifier(purified, training=False)
         return composite_loss(purified, x, logits, y, weight), tf.argmax(logits, axis=1) == y
 
     history = training.descend(purifier, losses_of, (x_in, x, y), epochs=epochs, batch_size=batch_size, after=monitor,
                                learning_rate=learning_rate, owner=Behind(purifier, classifier), seed=seed, label=label)
     return {key: values for key, values in history.items() if key != "accuracy"}  # of the classifier on the batches
+
+
+def _awake(purifier):
+    """What the purifier gives in training, with `_waking` in the place of its last ReLU."""
+    if not isinstance(purifier.layers[-1], layers.ReLU):
+        return lambda x: purifier(x, training=True)
+    before = keras.Model(purifier.inputs, purifier.layers[-1].input)
+    return lambda x: _waking(before(x, training=True))
+
+
+@tf.custom_gradient
+def _waking(z):
+    """ReLU, with a gradient below zero as well where it leads upwards."""
+    return tf.nn.relu(z), lambda slope: tf.where((z > 0) | (slope < 0), slope, 0.0)
 
 
 def _twice(one, other):

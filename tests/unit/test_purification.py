@@ -246,6 +246,22 @@ def test_the_purifier_learns_to_give_back_the_clean_image_and_not_what_it_is_sho
     assert np.abs(purified.mean() - X.mean()) < np.abs(purified.mean() - shown.mean())
 
 
+def test_a_last_relu_that_is_dead_wakes_in_training_and_only_there():
+    purifier, classifier, black = small(), frozen(), np.zeros_like(X)
+    kernel, bias = purifier.layers[-2].get_weights()
+    purifier.layers[-2].set_weights([kernel, bias - 100])
+    assert not purifier(X).numpy().any(), "it draws black"
+    with tf.GradientTape() as tape:
+        tape.watch(x := tf.constant(X))
+        drawn = tf.reduce_sum(purifier(x, training=False))
+    assert not np.any(tape.gradient(drawn, x)), "an attacker has the gradient of a ReLU"
+    purification.fit(purifier, classifier, X, X, Y, weight=0, epochs=1)
+    assert purifier.layers[-2].get_weights()[1] > bias - 100
+    kept = purifier.layers[-2].get_weights()
+    purification.fit(purifier, classifier, X, black, Y, weight=0, epochs=1)
+    np.testing.assert_array_equal(kept[1], purifier.layers[-2].get_weights()[1], "black is right: nothing wakes")
+
+
 def test_the_same_seed_gives_the_same_purifier():
     def trained(seed):
         purifier = small()
