@@ -92,7 +92,7 @@ class SVM:
         with tf.init_scope():
             return tf.constant(self.basis)
 
-    def thin(self, probe, tolerance=1e-3, ranks=(128, 256, 512, 768, 1024, 1536, 2048), seed=0):
+    def thin(self, probe, tolerance=1e-3, ranks=(128, 256, 512, 768, 1024, 1536), seed=0):
         """The same machine in a few directions of its features, or itself where none of `ranks` is enough.
 
         The product of an image and a vector, both from the vectors' centre, is taken in the leading directions of
@@ -162,13 +162,13 @@ def _sums(h, vectors, norms, centre, there, back, weights, basis, gamma, dtype):
     return sums(h)
 
 
-def _directions(vectors, rank, seed, sample=4096):
+def _directions(vectors, rank, seed, sample=3072):
     """Leading directions (q, rank) of centred `vectors` (m, q), orthonormal, from a `sample` of them; prefixes nest."""
     rows = np.random.default_rng(seed).permutation(len(vectors))[:max(sample, rank)]
     some = vectors[np.sort(rows)]
-    values, turned = np.linalg.eigh((some @ some.T).astype("float64"))
+    values, turned = np.linalg.eigh(some @ some.T)
     order = np.argsort(-values)[:rank]
-    return np.linalg.qr(some.T @ turned[:, order].astype("float32"))[0]
+    return np.linalg.qr(some.T @ turned[:, order])[0]
 
 
 # ── Fitting ──
