@@ -5,15 +5,15 @@ give back `Found`. Evading means a wrong class that is not refused; being refuse
 """
 
 import gc
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from helpers import attacks, evaluation, rejection
+from helpers import attacks, data, evaluation, rejection
 from helpers.checks import check_images, check_labels, check_positive
 from helpers.closeness import squared_distances
 from helpers.defence import Path, answers
@@ -238,18 +238,32 @@ def _moved(x, direction, length, threat):
     return np.clip(x + length.reshape(-1, 1, 1, 1) * direction, *threat.bounds).astype("float32")
 
 
-_KEPT = {}  # path: the defence of the unit before, since to load and compile it again takes longer than many a unit
+@lru_cache(1)
+def prepared(name, n_train, n_test, n_validation):
+    """The data set `name` with so many images, `n_validation` of the training images apart; the last one is kept."""
+    return data.load(name).take(n_train, n_test).split(n_validation)
 
 
-def loaded(path):
-    """The defence that `rejection.save` wrote to `path`, kept with its graphs until the next one is asked for."""
+_KEPT, _MANY = {}, 8  # path: defence, since to load and compile one again takes longer than many a unit
+
+
+def loaded(path, threshold=None):
+    """The defence that `rejection.save` wrote to `path`, with its graphs; the last few are kept.
+
+    threshold : another one than its own, as `Rejection.threshold` has it.
+    """
     if path not in _KEPT:
-        clear_graphs()  # its graphs and itself hold each other, and its support vectors may be large
+        while len(_KEPT) >= _MANY:
+            del _KEPT[next(iter(_KEPT))]
+            gc.collect()  # its graphs and itself hold each other, and its support vectors may be large
         _KEPT[path] = rejection.load(path)
-    return _KEPT[path]
+    kept = _KEPT[path]
+    if threshold is None or threshold == kept.threshold:
+        return kept
+    return graph_of(kept, ("at", threshold), partial(replace, kept, threshold=threshold))
 
 
 def clear_graphs():
-    """Forget the defence of `loaded`, which may be large."""
+    """Forget the defences of `loaded`, which may be large."""
     _KEPT.clear()
     gc.collect()

@@ -157,7 +157,8 @@ def _sums(h, vectors, norms, centre, there, back, weights, basis, gamma, dtype):
             force = tf.cast(tf.reduce_sum(pulls, axis=1, keepdims=True), tf.float64)
             return -2 * gamma * scale * largest * (away * force - towards)
 
-        return largest * tf.cast(bumps @ narrow, tf.float64), gradient
+        # A sum over tens of thousands of vectors, in which large terms cancel, has no digits to lose.
+        return largest * (tf.cast(bumps, tf.float64) @ weights), gradient
 
     return sums(h)
 

@@ -727,13 +727,16 @@ def test_bad_arguments_of_algorithm_1_are_named(nr, options):
         adaptive.algorithm_1(nr, NEW, NEW_Y, ThreatModel("l2", 1.0), **{"step_size": 0.1} | options)
 
 
-def test_a_loaded_defence_is_kept_until_the_next_one(nr, dnr, tmp_path):
-    first, second = (tmp_path / rejection.save(defence, tmp_path) for defence in (nr, dnr))
-    kept = adaptive.loaded(first)
-    answers(kept, NEW)
-    assert adaptive.loaded(first) is kept
-    assert adaptive.loaded(second).layers == dnr.layers
-    assert adaptive.loaded(first) is not kept
+def test_the_last_loaded_defences_are_kept_with_their_graphs(nr, dnr, tmp_path, monkeypatch):
+    monkeypatch.setattr(adaptive, "_MANY", 2)
+    paths = [tmp_path / rejection.save(defence, tmp_path) for defence in (nr, dnr, nr.at(0.7))]
+    kept = adaptive.loaded(paths[0])
+    assert adaptive.loaded(paths[1]).layers == dnr.layers
+    assert adaptive.loaded(paths[0]) is kept and adaptive.loaded(paths[0], kept.threshold) is kept
+    strict = adaptive.loaded(paths[0], 5.0)
+    assert strict.threshold == 5.0 and strict.svms is kept.svms and adaptive.loaded(paths[0], 5.0) is strict
+    adaptive.loaded(paths[2])
+    assert adaptive.loaded(paths[0]) is not kept
     adaptive.clear_graphs()
 
 
