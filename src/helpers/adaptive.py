@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from helpers import attacks, data, evaluation, rejection
+from helpers import attacks, data, evaluation, models, rejection
 from helpers.checks import check_images, check_labels, check_positive
 from helpers.closeness import squared_distances
 from helpers.defence import Path, answers
@@ -244,6 +244,12 @@ def prepared(name, n_train, n_test, n_validation):
     return data.load(name).take(n_train, n_test).split(n_validation)
 
 
+@lru_cache(4)
+def network(path):
+    """The network of a file of `models.save`, kept with its graphs: not to be trained."""
+    return models.load(path)
+
+
 _KEPT, _MANY = {}, 8  # path: defence, since to load and compile one again takes longer than many a unit
 
 
@@ -256,7 +262,7 @@ def loaded(path, threshold=None):
         while len(_KEPT) >= _MANY:
             del _KEPT[next(iter(_KEPT))]
             gc.collect()  # its graphs and itself hold each other, and its support vectors may be large
-        _KEPT[path] = rejection.load(path)
+        _KEPT[path] = rejection.load(path, network)
     kept = _KEPT[path]
     if threshold is None or threshold == kept.threshold:
         return kept
@@ -264,6 +270,7 @@ def loaded(path, threshold=None):
 
 
 def clear_graphs():
-    """Forget the defences of `loaded`, which may be large."""
+    """Forget the defences of `loaded`, which may be large, and their networks."""
     _KEPT.clear()
+    network.cache_clear()
     gc.collect()

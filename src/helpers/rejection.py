@@ -266,11 +266,14 @@ def save(defence, folder):
     return path.name
 
 
-def load(path):
-    """The defence of a file that `save` wrote; FileNotFoundError or ValueError, naming it, where it is not whole."""
+def load(path, load_network=models.load):
+    """The defence of a file that `save` wrote; FileNotFoundError or ValueError, naming it, where it is not whole.
+
+    load_network : what loads its network from the file beside it.
+    """
     arrays = files.kept(path, files.read_npz, _digest)
     about = json.loads(arrays["about"].item())
-    network = models.load(Path(path).with_name(about["network"]))
+    network = load_network(Path(path).with_name(about["network"]))
     svms = [SVM(**{name: arrays.get(f"{i}.{name}") for name in _ARRAYS}, **kept)
             for i, kept in enumerate(about["svms"])]
     n = len(about["layers"])
