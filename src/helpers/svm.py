@@ -31,7 +31,7 @@ class SVM:
         coordinates in `basis`.
     columns : (p,) bool, which. weights : (m, classes) float64, alpha_i y_i, 0 where i supports another class only.
     bias : (classes,) float64. gamma, C : as fitted.
-    centre, basis, norms : of a thin one, see `thin`: (p,) and (p, r) float32, and (m,) float64, the squared length of
+    centre, basis, norms : of a thin one, see `thin`: (p,) and (q, r) float32, and (m,) float64, the squared length of
         each whole vector from the centre.
     """
 
@@ -92,36 +92,44 @@ class SVM:
         with tf.init_scope():
             return tf.constant(self.basis)
 
-    def thin(self, probe, tolerance=1e-3, ranks=(128, 256, 512, 768, 1024, 1536), seed=0):
+    def thin(self, probe, tolerance=1e-3, ranks=(128, 256, 512, 768, 1024, 1536, 2048), seed=0):
         """The same machine in a few directions of its features, or itself where none of `ranks` is enough.
 
-        The product of an image and a vector, both from the vectors' centre, is taken in the leading directions of
-        their variance alone; lengths stay whole. So of a squared distance only 2 h_rest . v_rest is lost, whose size
-        is at most 2 |h_rest| |v_rest| (`lost`). The first of `ranks` is taken whose decision values differ by no more
-        than `tolerance` on the features `probe` (k, p) float32.
+        The product of an image and a vector, both from the vectors' centre, is taken in a few directions alone; lengths
+        stay whole. So of a squared distance only 2 h_rest . v_rest is lost, whose size is at most 2 |h_rest| |v_rest|
+        (`lost`). The directions are those in which the vectors vary most, and those in which they pull the scores at
+        every other of the features `probe` (k, p) float32. The first of `ranks` is taken whose decision values differ
+        by no more than `tolerance` at those between.
         """
         vectors, norms, centre = self._centred()
         ranks = [rank for rank in ranks if 4 * rank <= vectors.shape[1] and rank < len(vectors)]  # else little is won
         if not ranks:
             return self
-        whole = self.scores(tf.constant(probe, tf.float64)).numpy()
-        basis = _directions(vectors, max(ranks), seed)
-        placed = np.zeros((len(centre), basis.shape[1]), "float32")
-        placed[self.columns] = basis
+        new = tf.constant(probe[1::2], tf.float64)
+        whole, pulls = self.scores(new).numpy(), self._pulls(probe[::2], vectors, norms, centre)
+        basis = _directions(vectors, pulls, max(ranks), seed)
         coordinates = vectors @ basis
         for rank in ranks:
             found = replace(self, vectors=np.ascontiguousarray(coordinates[:, :rank]), centre=centre, norms=norms,
-                            basis=np.ascontiguousarray(placed[:, :rank]))
-            if np.abs(found.scores(tf.constant(probe, tf.float64)) - whole).max() <= tolerance:
+                            basis=np.ascontiguousarray(basis[:, :rank]))
+            if np.abs(found.scores(new) - whole).max() <= tolerance:
                 return found
         return self
+
+    def _pulls(self, h, vectors, norms, centre):
+        """Sum of the vectors, weighted as in the score of each class at each of `h` (k, p): (k * classes, q)."""
+        away = h - centre
+        distances = (away**2).sum(axis=1, keepdims=True) + norms - 2 * away[:, self.columns] @ vectors.T
+        bumps = np.exp(-self.gamma * np.maximum(distances, 0)).astype("float32")
+        return np.concatenate([(bumps * weights) @ vectors for weights in self.weights.T.astype("float32")])
 
     def lost(self, h):
         """The most that each squared distance of features `h` (n, p) to a vector has lost in a thin one, (n,)."""
         if self.basis is None:
             return np.zeros(len(h))
         away = h.astype("float64") - self.centre
-        rest = (away**2).sum(axis=1) - ((away.astype("float32") @ self.basis).astype("float64") ** 2).sum(axis=1)
+        inside = (away[:, self.columns].astype("float32") @ self.basis).astype("float64")
+        rest = (away**2).sum(axis=1) - (inside**2).sum(axis=1)
         left = self.norms - np.einsum("ij,ij->i", self.vectors, self.vectors, dtype=np.float64)
         return 2 * np.sqrt(np.maximum(rest, 0) * max(left.max(), 0))
 
@@ -130,11 +138,11 @@ def _sums(h, vectors, norms, centre, there, back, weights, basis, gamma, dtype):
     """Sums of kernel values times `weights`, (n, classes) float64, with a gradient whose small numbers survive."""
 
     def coordinates(away):
-        return away @ basis if basis is not None else tf.gather(away, there, axis=1)
+        used = tf.gather(away, there, axis=1)
+        return used if basis is None else used @ basis
 
     def spread(pull):  # the way back
-        if basis is not None:
-            return tf.matmul(pull, basis, transpose_b=True)
+        pull = pull if basis is None else tf.matmul(pull, basis, transpose_b=True)
         return tf.gather(tf.pad(pull, [[0, 0], [0, 1]]), back, axis=1)
 
     vectors, narrow = tf.cast(vectors, dtype), tf.cast(weights, dtype)
@@ -163,13 +171,18 @@ def _sums(h, vectors, norms, centre, there, back, weights, basis, gamma, dtype):
     return sums(h)
 
 
-def _directions(vectors, rank, seed, sample=3072):
-    """Leading directions (q, rank) of centred `vectors` (m, q), orthonormal, from a `sample` of them; prefixes nest."""
-    rows = np.random.default_rng(seed).permutation(len(vectors))[:max(sample, rank)]
-    some = vectors[np.sort(rows)]
-    values, turned = np.linalg.eigh(some @ some.T)
-    order = np.argsort(-values)[:rank]
-    return np.linalg.qr(some.T @ turned[:, order])[0]
+def _directions(vectors, pulls, rank, seed, sample=3072, first=128):
+    """Orthonormal directions (q, rank): the `first` ones of `pulls`, then the leading of a `sample` of `vectors`."""
+    rows = np.random.default_rng(seed).permutation(len(vectors))[: max(sample, rank)]
+    found = [_leading(pulls, min(first, rank, len(pulls))), _leading(vectors[np.sort(rows)], rank)]
+    return np.linalg.qr(np.concatenate(found, axis=1))[0][:, :rank]
+
+
+def _leading(rows, rank):
+    """Directions (q, rank) along which centred `rows` (n, q) are longest."""
+    values, turned = np.linalg.eigh(rows @ rows.T)
+    longest = rows.T @ turned[:, np.argsort(-values)[:rank]]
+    return longest / np.maximum(np.linalg.norm(longest, axis=0), 1e-30)
 
 
 # ── Fitting ──
@@ -207,6 +220,7 @@ def _symmetric(a, rows, label, dtype, each, of):
     if each * n**2 > free:
         raise MemoryError(f"{n:,} samples need {each * n**2 / 1e9:.3g} GB for their kernel, {free / 1e9:.3g} GB are "
                           f"free: fit at most {int((free / each) ** 0.5):,}")
+    a = np.compress(a.any(axis=0), a, axis=1)  # of a layer after a ReLU many features are never there
     # The square of a common offset would swallow the distances: in float32 there are seven digits for both.
     out, centre, parts = np.empty((n, n), dtype), a.mean(axis=0, dtype=np.float64).astype(a.dtype), []
     with tf.device("CPU"):  # TensorFlow's product is twice as fast as NumPy's where there is AVX-512; a GPU rounds more

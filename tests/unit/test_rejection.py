@@ -271,8 +271,9 @@ def layer(n, seed, rest=0.05):
 def test_a_thin_machine_has_the_decision_values_and_gradients_of_the_whole():
     (h, y), (probe, _), (new, _) = layer(300, 0), layer(40, 1), layer(40, 2)
     svm = fitted(h, y, 1.0, 0.1)
-    thin = svm.thin(probe, ranks=(4, 8, 16, 100))
-    assert thin.basis.shape == (600, 8) and thin.vectors.shape == (len(svm.vectors), 8), "4 directions were too few"
+    thin = svm.thin(probe, ranks=(4, 24, 100))
+    assert thin.basis.shape == (600, 24) and thin.vectors.shape == (len(svm.vectors), 24), "4 directions were too few"
+    np.testing.assert_allclose(thin.basis.T @ thin.basis, np.eye(24), atol=1e-5)
     found = []
     for machine in (svm, thin):
         x = tf.constant(new, tf.float64)
@@ -291,7 +292,7 @@ def test_what_a_thin_machine_loses_is_bounded():
     thin = svm.thin(new, tolerance=1.0, ranks=(8,))
     exact = ((new[:, None].astype("float64") - svm.vectors) ** 2).sum(axis=2)
     away = new.astype("float64") - thin.centre
-    inside = away @ thin.basis
+    inside = away[:, thin.columns] @ thin.basis
     kept = (away**2).sum(axis=1)[:, None] + thin.norms - 2 * inside @ thin.vectors.T
     lost = np.abs(exact - kept).max(axis=1)
     assert (lost <= thin.lost(new) * (1 + 1e-5)).all() and lost.max() > 0.01 and not svm.lost(new).any()
