@@ -244,7 +244,7 @@ def prepared(name, n_train, n_test, n_validation):
     return data.load(name).take(n_train, n_test).split(n_validation)
 
 
-@lru_cache(4)
+@lru_cache(8)
 def network(path):
     """The network of a file of `models.save`, kept with its graphs: not to be trained."""
     return models.load(path)

@@ -103,7 +103,7 @@ class SVM:
         """
         vectors, norms, centre = self._centred()
         ranks = [rank for rank in ranks if 4 * rank <= vectors.shape[1] and rank < len(vectors)]  # else little is won
-        if not ranks:
+        if not ranks or self.basis is not None:
             return self
         new = tf.constant(probe[1::2], tf.float64)
         whole, pulls = self.scores(new).numpy(), self._pulls(probe[::2], vectors, norms, centre)
