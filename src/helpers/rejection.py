@@ -164,7 +164,7 @@ def _features(network, x, layers, batch_size=500):
 
 
 def fit(network, x, y, *, layers=(5, 7, 8), C=0.1, gamma=0.01, folds=None, probabilities=False, calibrated=True,
-        theta=0.9, shared=None, probe=None, label=None):
+        theta=0.9, shared=None, probe=None, tolerance=1e-3, label=None):
     """Fit NR (one layer) or DNR (several, and a combining SVM on their scores) on images `x` and labels `y`.
 
     Parameters
@@ -176,8 +176,8 @@ def fit(network, x, y, *, layers=(5, 7, 8), C=0.1, gamma=0.01, folds=None, proba
     calibrated : turn the last scores into probabilities by 5-fold scores, as scikit-learn's `predict_proba`. False
         leaves them, as Sotgiu et al. do, and the defence refuses nothing until `at_rate`.
     shared : what `prepare` gave for these images, to fit several defences from the same distances.
-    probe : images on which decision values are to stay what they are, within 1e-3, when the SVMs of wide layers are
-        made thin (`svm.SVM.thin`); None leaves them whole.
+    probe : images on which decision values are to stay what they are, within the `tolerance`, when the SVMs of wide
+        layers are made thin (`svm.SVM.thin`); None leaves them whole.
     label : text of the progress bars; None shows none.
     """
     check_images(x)
@@ -195,7 +195,7 @@ def fit(network, x, y, *, layers=(5, 7, 8), C=0.1, gamma=0.01, folds=None, proba
             lines += [svm.platt(apart, y)] if probabilities else []
             gram = None
         machine = SVM.of(h, weights, bias, gamma[n], C[n])
-        svms.append(machine if probe is None else machine.thin(_features(network, probe, (n,))[0]))
+        svms.append(machine if probe is None else machine.thin(_features(network, probe, (n,))[0], tolerance))
     combiner = None
     if len(layers) > 1:
         n, stacked = "combiner", np.concatenate(_chances(scores, lines), axis=1).astype("float32")

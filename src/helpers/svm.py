@@ -102,7 +102,7 @@ class SVM:
         by no more than `tolerance` at those between.
         """
         vectors, norms, centre = self._centred()
-        ranks = [rank for rank in ranks if 4 * rank <= vectors.shape[1] and rank < len(vectors)]  # else little is won
+        ranks = [rank for rank in ranks if 3 * rank <= vectors.shape[1] and rank < len(vectors)]  # else little is won
         if not ranks or self.basis is not None:
             return self
         new = tf.constant(probe[1::2], tf.float64)

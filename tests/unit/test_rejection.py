@@ -673,19 +673,21 @@ def test_restarts_beyond_the_classes_differ(nr, monkeypatch):
 
 
 def test_what_is_evaded_in_a_smaller_ball_is_not_attacked_again_where_it_is_carried(nr):
-    sizes = []
+    sizes, next_class = [], [NEW[np.flatnonzero(NEW_Y == (k + 1) % CLASSES)[0]] for k in range(CLASSES)]
 
-    def attack(defence, x, y, threat):
+    def attack(defence, x, y, threat):  # a ball of 6 holds all images: those of the next class evade, if not refused
         sizes.append(len(x))
-        return attacks.pgd(defence, x, y, threat, steps=10)
+        return adaptive.Found(np.stack([next_class[k] for k in y]), np.ones(len(x)), np.full(len(x), 7))
 
-    grid, apart = [0.0, 0.5, 2.0], adaptive.by_eps(nr, NEW, NEW_Y, [0.0, 0.5, 2.0], attack)
-    np.testing.assert_array_equal(apart["outcome"][0], evaluation.outcomes(nr, NEW, NEW_Y))
-    assert sizes == [30, 30] and apart["steps"].tolist() == [0, 10, 10]
-    carried = adaptive.by_eps(nr, NEW, NEW_Y, grid, attack, carry=True)["outcome"] == 2
-    assert (carried[1:] >= carried[:-1]).all() and sizes[2:] == [30 - carried[0].sum(), 30 - carried[1].sum()]
+    found = adaptive.by_eps(nr.at(0.5), NEW, NEW_Y, [0.0, 6.0, 7.0], attack)
+    np.testing.assert_array_equal(found["outcome"][0], evaluation.outcomes(nr.at(0.5), NEW, NEW_Y))
+    evaded = int((found["outcome"][1] == 2).sum())
+    assert evaded > 0 and sizes == [30, 30] and found["steps"].tolist() == [0, 7, 7]
+    carried = adaptive.by_eps(nr.at(0.5), NEW, NEW_Y, [0.0, 6.0, 7.0], attack, carry=True)["outcome"]
+    np.testing.assert_array_equal(carried, found["outcome"])
+    assert sizes[2:] == [30 - (carried[0] == 2).sum(), 30 - evaded]
     with pytest.raises(AssertionError, match="leaves the ball"):
-        adaptive.by_eps(nr, NEW, NEW_Y, [1.0], lambda *given: given and adaptive.Found(1 - NEW, NEW_Y, NEW_Y))
+        adaptive.by_eps(nr, NEW, NEW_Y, [1.0], attack)
 
 
 def test_noise_has_its_whole_length_in_spite_of_clipping(nr):
