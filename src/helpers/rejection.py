@@ -22,7 +22,7 @@ from helpers.defence import Path as Way
 from helpers.losses import wrong
 from helpers.svm import SVM
 
-_ARRAYS = ("vectors", "columns", "weights", "bias")
+_ARRAYS = ("vectors", "columns", "weights", "bias", "centre", "basis", "norms")  # the last three of a thin one alone
 _UNCOUNTED = (keras.layers.Flatten, keras.layers.Dropout, keras.layers.InputLayer)  # not in the paper's Table 1
 
 
@@ -57,6 +57,8 @@ class Rejection:
 
     layers : numbers of the layers, as in paper 01, Table 1; none: the bare network. svms : one a layer.
     combiner : SVM on the concatenated scores (DNR), or None (NR, bare network).
+    inner : one (2, classes) a layer, slope and offset that turn its scores into the log-odds of the probabilities that
+        the combiner is given; none: it is given the scores.
     platt : (2, classes), slope and offset that turn a score into log-odds; None leaves it.
     threshold : log-odds below which it refuses; -inf never does.
     width : factor on every gamma. Below 1 the kernels reach further: not what is deployed, but what an attacker may
@@ -70,6 +72,7 @@ class Rejection:
     platt: np.ndarray | None = None
     threshold: float = -np.inf
     width: float = 1.0
+    inner: tuple[np.ndarray, ...] = ()
 
     @property
     def randomised(self):
@@ -94,6 +97,7 @@ class Rejection:
         layers = [each.scores(h, self.width, dtype) for each, h in zip(self.svms, wide, strict=True)]
         if self.combiner is None:
             return layers[0]
+        layers = [tf.sigmoid(s * a + b) for s, (a, b) in zip(layers, self.inner, strict=True)] if self.inner else layers
         return self.combiner.scores(tf.concat(layers, axis=1), self.width, tf.float64)
 
     def __call__(self, x):
@@ -159,7 +163,8 @@ def _features(network, x, layers, batch_size=500):
     return [np.concatenate([part[i] for part in parts]).reshape(len(x), -1) for i in range(len(layers))]
 
 
-def fit(network, x, y, *, layers=(5, 7, 8), C=0.1, gamma=0.01, folds=None, theta=0.9, shared=None, label=None):
+def fit(network, x, y, *, layers=(5, 7, 8), C=0.1, gamma=0.01, folds=None, probabilities=False, calibrated=True,
+        theta=0.9, shared=None, probe=None, tolerance=1e-3, label=None):
     """Fit NR (one layer) or DNR (several, and a combining SVM on their scores) on images `x` and labels `y`.
 
     Parameters
@@ -167,15 +172,43 @@ def fit(network, x, y, *, layers=(5, 7, 8), C=0.1, gamma=0.01, folds=None, theta
     C, gamma : one number for all SVMs, or a dictionary by layer and "combiner"; the defaults are the paper's.
     folds : None gives the combiner scores of the samples that the SVMs were fitted on, as the paper does; a number
         gives it out-of-fold scores, as Sotgiu et al. do.
+    probabilities : give the combiner probabilities of each layer, by `svm.platt`, in the place of scores.
+    calibrated : turn the last scores into probabilities by 5-fold scores, as scikit-learn's `predict_proba`. False
+        leaves them, as Sotgiu et al. do, and the defence refuses nothing until `at_rate`.
     shared : what `prepare` gave for these images, to fit several defences from the same distances.
+    probe : images on which decision values are to stay what they are, within the `tolerance`, when the SVMs of wide
+        layers are made thin (`svm.SVM.thin`); None leaves them whole.
     label : text of the progress bars; None shows none.
-
-    Returns
-    -------
-    Rejection whose probabilities were calibrated on 5-fold scores of its last SVM, as scikit-learn's `predict_proba`.
     """
     check_images(x)
     y, layers = check_labels(y, len(x), int(np.max(y)) + 1), tuple(layers)
+    C, gamma = _parameters(network, y, layers, C, gamma, folds)
+    Rejection(network).at(theta)  # refuse a bad one before the work, not after it
+    svms, lines, scores, gram = [], [], [], None
+    for n in layers:
+        gram = None  # one large matrix at a time
+        h, gram = _gram(network, x, n, gamma[n], shared, label)
+        weights, bias = svm.duals(gram, y, C[n], label and f"{label}, layer {n}")
+        if len(layers) > 1:
+            apart = svm.out_of_fold(gram, y, C[n], folds or 5) if folds or probabilities else None
+            scores.append(gram @ weights + bias if folds is None else apart)
+            lines += [svm.platt(apart, y)] if probabilities else []
+            gram = None
+        machine = SVM.of(h, weights, bias, gamma[n], C[n])
+        svms.append(machine if probe is None else machine.thin(_features(network, probe, (n,))[0], tolerance))
+    combiner = None
+    if len(layers) > 1:
+        n, stacked = "combiner", np.concatenate(_chances(scores, lines), axis=1).astype("float32")
+        gram = svm.gram(stacked, gamma[n])
+        combiner = SVM.of(stacked, *svm.duals(gram, y, C[n], label and f"{label}, {n}"), gamma[n], C[n])
+    defence = Rejection(network, layers, tuple(svms), combiner, inner=tuple(lines))
+    if not calibrated:
+        return defence
+    return replace(defence, platt=svm.platt(svm.out_of_fold(gram, y, C[n]), y)).at(theta)
+
+
+def _parameters(network, y, layers, C, gamma, folds):
+    """C and gamma by layer and "combiner"; raise for what `fit` cannot work with."""
     if folds is not None and folds not in range(2, len(y) + 1):
         raise ValueError(f"folds is {folds}; expected None or a whole number from 2 to {len(y)}")
     parts = [*layers, "combiner"]
@@ -185,24 +218,22 @@ def fit(network, x, y, *, layers=(5, 7, 8), C=0.1, gamma=0.01, folds=None, theta
             raise ValueError(f"C and gamma lack {part!r}; expected a number, or one for each of {parts}")
         check_positive(C=C[part], gamma=gamma[part])
     svm.check_classes(y, max(5, folds or 0))
-    feature_network(network, layers), Rejection(network).at(theta)  # refuse bad ones before the work, not after it
-    svms, scores = [], []
-    for n in layers:
-        gram = None  # the last layer's goes before the next one's distances come
-        h, distances = shared[n] if shared else _prepare(network, x, (n,), label)[n]
-        gram = svm.kernel(distances, gamma[n])
-        del distances  # one large matrix at a time
-        weights, bias = svm.duals(gram, y, C[n], label and f"{label}, layer {n}")
-        svms.append(SVM.of(h, weights, bias, gamma[n], C[n]))
-        if len(layers) > 1:
-            scores.append(gram @ weights + bias if folds is None else svm.out_of_fold(gram, y, C[n], folds))
-    combiner = None
-    if len(layers) > 1:
-        n, gram, stacked = "combiner", None, np.concatenate(scores, axis=1).astype("float32")
-        gram = svm.kernel(svm.squared_distances(stacked), gamma[n])
-        combiner = SVM.of(stacked, *svm.duals(gram, y, C[n], label and f"{label}, {n}"), gamma[n], C[n])
-    lines = svm.platt(svm.out_of_fold(gram, y, C[n]), y)
-    return Rejection(network, layers, tuple(svms), combiner, lines).at(theta)
+    feature_network(network, layers)
+    return C, gamma
+
+
+def _chances(scores, lines):
+    """Scores of each layer, or where there are `lines` the probabilities that these make of them."""
+    return [1 / (1 + np.exp(-(s * a + b))) for s, (a, b) in zip(scores, lines, strict=True)] if lines else scores
+
+
+def _gram(network, x, n, gamma, shared, label):
+    """Features and kernel of layer `n`, from distances that are `shared` or straight from the features."""
+    if shared:
+        h, distances = shared[n]
+        return h, svm.kernel(distances, gamma)
+    (h,) = _features(network, x, (n,))
+    return h, svm.gram(h, gamma, label and f"{label}, kernel {n}")
 
 
 def prepare(network, x, layers, label=None):
@@ -224,7 +255,9 @@ def save(defence, folder):
     svms = [*defence.svms, *([defence.combiner] if defence.combiner else [])]
     about = {"network": models.save(defence.network, folder), "layers": defence.layers, "threshold": defence.threshold,
              "width": defence.width, "svms": [{"gamma": each.gamma, "C": each.C} for each in svms]}
-    arrays = {f"{i}.{name}": getattr(each, name) for i, each in enumerate(svms) for name in _ARRAYS}
+    arrays = {f"{i}.{name}": getattr(each, name) for i, each in enumerate(svms) for name in _ARRAYS
+              if getattr(each, name) is not None}
+    arrays |= {f"inner.{i}": line for i, line in enumerate(defence.inner)}
     arrays |= {"about": np.array(json.dumps(about)), **({} if defence.platt is None else {"platt": defence.platt})}
     path = Path(folder) / f"{_digest(arrays)}.npz"
     if not path.exists():
@@ -233,15 +266,20 @@ def save(defence, folder):
     return path.name
 
 
-def load(path):
-    """The defence of a file that `save` wrote; FileNotFoundError or ValueError, naming it, where it is not whole."""
+def load(path, load_network=models.load):
+    """The defence of a file that `save` wrote; FileNotFoundError or ValueError, naming it, where it is not whole.
+
+    load_network : what loads its network from the file beside it.
+    """
     arrays = files.kept(path, files.read_npz, _digest)
     about = json.loads(arrays["about"].item())
-    network = models.load(Path(path).with_name(about["network"]))
-    svms = [SVM(*(arrays[f"{i}.{name}"] for name in _ARRAYS), **kept) for i, kept in enumerate(about["svms"])]
+    network = load_network(Path(path).with_name(about["network"]))
+    svms = [SVM(**{name: arrays.get(f"{i}.{name}") for name in _ARRAYS}, **kept)
+            for i, kept in enumerate(about["svms"])]
     n = len(about["layers"])
     return Rejection(network, tuple(about["layers"]), tuple(svms[:n]), svms[n] if len(svms) > n else None,
-                   arrays.get("platt"), about["threshold"], about["width"])
+                   arrays.get("platt"), about["threshold"], about["width"],
+                   tuple(arrays[f"inner.{i}"] for i in range(n) if f"inner.{i}" in arrays))
 
 
 def _digest(arrays):

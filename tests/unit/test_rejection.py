@@ -257,6 +257,73 @@ def test_a_smaller_gamma_widens_the_kernel(dnr):
     assert dnr.smoothed(0.5) is wide and wide.threshold == dnr.threshold, "kept, with its graphs"
 
 
+# ── Thin machines ──
+
+
+def layer(n, seed, rest=0.05):
+    """Features in 8 directions of 600, about classes, and a little of everything else, which is what is lost."""
+    rng = np.random.default_rng((1, seed))
+    y, directions = np.arange(n) % CLASSES, np.random.default_rng(7).normal(size=(8, 600))
+    inside = rng.normal(size=(n, 8)) + 2 * np.eye(8)[y]
+    return (5 + inside @ directions / 600**0.5 + rest * rng.normal(size=(n, 600)) / 600**0.5).astype("float32"), y
+
+
+def test_a_thin_machine_has_the_decision_values_and_gradients_of_the_whole():
+    (h, y), (probe, _), (new, _) = layer(300, 0), layer(40, 1), layer(40, 2)
+    svm = fitted(h, y, 1.0, 0.1)
+    thin = svm.thin(probe, ranks=(4, 24, 100))
+    assert thin.basis.shape == (600, 24) and thin.vectors.shape == (len(svm.vectors), 24), "4 directions were too few"
+    np.testing.assert_allclose(thin.basis.T @ thin.basis, np.eye(24), atol=1e-5)
+    found = []
+    for machine in (svm, thin):
+        x = tf.constant(new, tf.float64)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            scores = machine.scores(x)
+        found.append((scores.numpy(), tape.gradient(scores, x).numpy()))
+    assert 0 < np.abs(found[0][0] - found[1][0]).max() < 1e-3
+    length = np.linalg.norm(found[0][1], axis=1)  # the pull along the rest is what is lost
+    assert (np.linalg.norm(found[0][1] - found[1][1], axis=1) < 0.15 * length).all()
+
+
+def test_what_a_thin_machine_loses_is_bounded():
+    (h, y), (new, _) = layer(300, 0, rest=1.0), layer(40, 2, rest=1.0)
+    svm = fitted(h, y, 1.0, 0.1)
+    thin = svm.thin(new, tolerance=1.0, ranks=(8,))
+    exact = ((new[:, None].astype("float64") - svm.vectors) ** 2).sum(axis=2)
+    away = new.astype("float64") - thin.centre
+    inside = away[:, thin.columns] @ thin.basis
+    kept = (away**2).sum(axis=1)[:, None] + thin.norms - 2 * inside @ thin.vectors.T
+    lost = np.abs(exact - kept).max(axis=1)
+    assert (lost <= thin.lost(new) * (1 + 1e-5)).all() and lost.max() > 0.01 and not svm.lost(new).any()
+
+
+def test_a_machine_that_would_change_or_is_narrow_stays_whole():
+    (h, y), (probe, _) = layer(300, 0, rest=3.0), layer(40, 1, rest=3.0)
+    svm = fitted(h, y, 1.0, 0.3)
+    assert svm.thin(probe, tolerance=1e-6, ranks=(2, 4)) is svm
+    narrow = fitted(*blobs(), 1.0, 0.1)
+    assert narrow.thin(blobs(8, seed=1)[0]) is narrow
+
+
+def test_a_thin_defence_is_saved_and_attacked_like_the_whole(network, dnr, tmp_path):
+    svm = dnr.svms[0]
+    thin = replace(dnr, svms=(svm.thin(rejection.features(network, NEW, (1,))[0], 9.0, ranks=(16,)), *dnr.svms[1:]))
+    assert thin.svms[0].basis is not None
+    again = rejection.load(tmp_path / rejection.save(thin, tmp_path))
+    np.testing.assert_array_equal(answers(again, NEW).logits, answers(thin, NEW).logits)
+    found = attacks.pgd(again, NEW, NEW_Y, ThreatModel("l2", 0.7), steps=10)
+    np.testing.assert_array_equal(found.value > 0, evaluation.outcomes(thin, found.images, NEW_Y) == 2)
+
+
+@pytest.mark.parametrize("gamma", [0.01, 3.0])
+def test_a_kernel_made_in_one_matrix_is_that_of_the_distances(gamma):
+    h, _ = blobs(p=300)
+    both = svms.gram(h, gamma), svms.kernel(svms.squared_distances(h), gamma)
+    np.testing.assert_allclose(*both, rtol=1e-4, atol=1e-7)
+    assert both[0].dtype == np.float64 and (both[0].diagonal() == 1).all()
+
+
 # ── The defences ──
 
 
@@ -331,6 +398,25 @@ def test_out_of_fold_scores_change_the_combiner_only(network, dnr):
     assert not np.array_equal(dnr.combiner.vectors, folded.combiner.vectors)
 
 
+def test_the_combiner_may_be_given_probabilities(network, tmp_path):
+    made = rejection.fit(network, X, Y, layers=(3, 4), C=1.0, gamma=0.05, probabilities=True)
+    scores = [svm.scores(tf.constant(h, tf.float64)).numpy()
+              for svm, h in zip(made.svms, rejection.features(network, NEW, (3, 4)), strict=True)]
+    chances = [expit(s * a + b) for s, (a, b) in zip(scores, made.inner, strict=True)]
+    np.testing.assert_allclose(made.scores(NEW), made.combiner.scores(np.concatenate(chances, axis=1)), atol=1e-5)
+    assert evaluation.correct(made, NEW, NEW_Y).mean() > 0.8
+    again = rejection.load(tmp_path / rejection.save(made, tmp_path))
+    np.testing.assert_allclose(again.scores(NEW), made.scores(NEW), rtol=1e-12)
+
+
+def test_an_uncalibrated_defence_answers_in_scores_and_refuses_by_rate(network, dnr):
+    bare = rejection.fit(network, X, Y, layers=(1, 3, 4), C=1.0, gamma=0.05, calibrated=False)
+    found = answers(bare, NEW)
+    np.testing.assert_allclose(found.logits, dnr.scores(NEW), atol=1e-6)
+    assert (found.refusal == -np.inf).all()
+    assert (evaluation.outcomes(bare.at_rate(NEW, 0.2), NEW, NEW_Y) == 1).mean() == pytest.approx(0.2, abs=0.04)
+
+
 def test_parameters_may_differ_by_layer(network):
     C = {1: 0.5, 3: 2.0, "combiner": 4.0}
     found = rejection.fit(network, X, Y, layers=(1, 3), C=C, gamma={1: 0.01, 3: 0.02, "combiner": 0.03})
@@ -340,7 +426,7 @@ def test_parameters_may_differ_by_layer(network):
 def test_shared_distances_and_a_second_fit_give_the_same(network, dnr):
     shared = rejection.prepare(network, X, (1, 3, 4))
     again = rejection.fit(network, X, Y, layers=(1, 3, 4), C=1.0, gamma=0.05, shared=shared)
-    np.testing.assert_array_equal(answers(again, NEW).logits, answers(dnr, NEW).logits)
+    np.testing.assert_allclose(answers(again, NEW).logits, answers(dnr, NEW).logits, rtol=1e-3)  # float32 kernels
 
 
 def test_labels_and_layers_may_be_lists(network, nr):
@@ -569,6 +655,49 @@ def test_algorithm_1_descends_the_hinge_loss_of_the_runner_up(dnr):
         adaptive.algorithm_1(dnr, NEW, NEW_Y, threat, step_size=0.05, tolerance=1e9).steps, 1)
 
 
+def test_algorithm_1_goes_on_without_a_tolerance_and_reads_scores_from_log_odds(dnr):
+    threat, options = ThreatModel("l2", 1.0), {"step_size": 0.05, "steps": 20}
+    on = adaptive.algorithm_1(dnr, NEW, NEW_Y, threat, tolerance=None, **options)
+    assert (on.steps == 20).all()
+    shown = evaluation.as_defence(lambda x: dnr(x).logits)
+    object.__setattr__(shown.model, "randomised", False)
+    blind = adaptive.algorithm_1(shown, NEW, NEW_Y, threat, tolerance=None, platt=dnr.platt, **options)
+    np.testing.assert_allclose(blind.images, on.images, atol=1e-3)
+
+
+def test_restarts_beyond_the_classes_differ(nr, monkeypatch):
+    seeds, real = [], attacks.pgd
+    monkeypatch.setattr(adaptive.attacks, "pgd", lambda *a, **more: seeds.append(more["seed"]) or real(*a, **more))
+    adaptive.strong(nr.at_rate(X, 0.3), NEW, NEW_Y, ThreatModel("l2", 1e-3), X, Y, steps=2, restarts=5)
+    assert len(set(seeds)) == 5
+
+
+def test_what_is_evaded_in_a_smaller_ball_is_not_attacked_again_where_it_is_carried(nr):
+    sizes, next_class = [], [NEW[(k + 1) % CLASSES] for k in range(CLASSES)]  # the first images show 0, 1, 2
+
+    def attack(defence, x, y, threat):  # a ball of 6 holds all images: those of the next class evade, if not refused
+        sizes.append(len(x))
+        return adaptive.Found(np.stack([next_class[k] for k in y]), np.ones(len(x)), np.full(len(x), 7))
+
+    found = adaptive.by_eps(nr.at(0.5), NEW, NEW_Y, [0.0, 6.0, 7.0], attack)
+    np.testing.assert_array_equal(found["outcome"][0], evaluation.outcomes(nr.at(0.5), NEW, NEW_Y))
+    evaded = int((found["outcome"][1] == 2).sum())
+    assert evaded > 0 and sizes == [30, 30] and found["steps"].tolist() == [0, 7, 7]
+    carried = adaptive.by_eps(nr.at(0.5), NEW, NEW_Y, [0.0, 6.0, 7.0], attack, carry=True)["outcome"]
+    np.testing.assert_array_equal(carried, found["outcome"])
+    assert sizes[2:] == [left for left in (30 - (carried[0] == 2).sum(), 30 - evaded) if left]
+    with pytest.raises(AssertionError, match="leaves the ball"):
+        adaptive.by_eps(nr, NEW, NEW_Y, [1.0], attack)
+
+
+def test_noise_has_its_whole_length_in_spite_of_clipping(nr):
+    threat = ThreatModel("l2", 1.5)
+    found = adaptive.noise(nr, NEW, NEW_Y, threat)
+    np.testing.assert_allclose(threat.distance(found.images, NEW), 1.5, atol=1e-4)
+    assert threat.contains(found.images, NEW).all()
+    np.testing.assert_array_equal(found.value > 0, evaluation.outcomes(nr, found.images, NEW_Y) == 2)
+
+
 def test_training_points_of_other_classes_start_the_attack(nr):
     threat = ThreatModel("l2", 1.0)
     starts = adaptive.nearest_starts(nr, NEW, NEW_Y, threat, X, Y)
@@ -601,13 +730,16 @@ def test_bad_arguments_of_algorithm_1_are_named(nr, options):
         adaptive.algorithm_1(nr, NEW, NEW_Y, ThreatModel("l2", 1.0), **{"step_size": 0.1} | options)
 
 
-def test_a_loaded_defence_is_kept_until_the_next_one(nr, dnr, tmp_path):
-    first, second = (tmp_path / rejection.save(defence, tmp_path) for defence in (nr, dnr))
-    kept = adaptive.loaded(first)
-    answers(kept, NEW)
-    assert adaptive.loaded(first) is kept
-    assert adaptive.loaded(second).layers == dnr.layers
-    assert adaptive.loaded(first) is not kept
+def test_the_last_loaded_defences_are_kept_with_their_graphs(nr, dnr, tmp_path, monkeypatch):
+    monkeypatch.setattr(adaptive, "_MANY", 2)
+    paths = [tmp_path / rejection.save(defence, tmp_path) for defence in (nr, dnr, nr.at(0.7))]
+    kept = adaptive.loaded(paths[0])
+    assert adaptive.loaded(paths[1]).layers == dnr.layers
+    assert adaptive.loaded(paths[0]) is kept and adaptive.loaded(paths[0], kept.threshold) is kept
+    strict = adaptive.loaded(paths[0], 5.0)
+    assert strict.threshold == 5.0 and strict.svms is kept.svms and adaptive.loaded(paths[0], 5.0) is strict
+    adaptive.loaded(paths[2])
+    assert adaptive.loaded(paths[0]) is not kept
     adaptive.clear_graphs()
 
 
