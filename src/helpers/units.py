@@ -26,7 +26,7 @@ from helpers import files
 PACKAGES = ("numpy", "scipy", "scikit-learn", "scikit-image", "tensorflow", "keras")  # which may change a result
 _EARLIER = {}  # path of a unit: seconds, shared among the cores, that an earlier run spent on it
 NO_COMPUTE = {"__init__", "__main__", "address", "book", "cli", "execution", "figures", "files", "primer", "profiles",
-              "records", "site", "units"}
+              "records", "report", "site", "units"}
 
 
 def run(function, grid, *, folder, n_jobs=None, label="", data=None) -> list[dict] | dict[object, dict]:

@@ -259,7 +259,7 @@ def test_what_is_left_is_read_from_the_records_and_less_than_the_weak_attack_lea
     """The second half is what the figure's alternative text on the index says."""
     book = Book(ROOT, tmp_path)
     rows = what_is_left(book)
-    assert {row["chapter"] for row in rows} == set(book.chapters())
+    assert {row["chapter"] for row in rows} == set(book.chapters()) - {"06_arena"}  # which has a board of its own
     for row in rows:
         executed, path = book.committed(row["chapter"])
         if not path.exists() or not row["weak"]["shares"] or not row["informed"]["shares"]:
