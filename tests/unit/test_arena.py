@@ -45,20 +45,24 @@ def saved(network, tmp_path_factory):
     return path
 
 
+def shorten(patched):
+    """Make the standard set and the checks short."""
+    whole = arena.judge
+    patched.setattr(standard, "STANDARD", FEW)
+    patched.setattr(arena, "judge", lambda *images, **options: whole(
+        *images, steps=6, queries=20, examined=2, **options))
+
+
 @pytest.fixture
 def quick(monkeypatch):
-    """The standard set, the checks and the curve, short."""
-    monkeypatch.setattr(standard, "STANDARD", FEW)
-    whole = arena.judge
-    monkeypatch.setattr(arena, "judge", lambda *images, **options: whole(
-        *images, steps=6, queries=20, examined=2, **options))
+    shorten(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def plain(network, dataset):
     """The bare network's entry, which tests of the page share."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(standard, "STANDARD", FEW)
+        shorten(patched)
         return arena.examine(network, dataset, THREAT, name="plain", images=8)
 
 
@@ -175,7 +179,8 @@ def test_undeclared_randomness_of_a_network_is_refused(network, dataset):
 
 def test_nan_that_only_an_attack_meets_is_said(quick, network, dataset):
     def brittle(x):
-        return network(x, training=False) / tf.where(tf.reduce_all(x * 255 == tf.round(x * 255)), 1.0, np.nan)
+        return network(x, training=False) / tf.where(tf.reduce_all(tf.abs(x * 255 - tf.round(x * 255)) < 1e-3),
+                                                         1.0, np.nan)
 
     with pytest.raises(arena.ArenaError, match="mine: while it was attacked: .*(NaN|not finite)"):
         arena.examine(brittle, dataset, THREAT, name="mine", images=8)
@@ -195,18 +200,18 @@ def test_a_defence_that_refuses_everything_is_not_sound(quick, network, dataset)
     assert "clean images refused" in raised(entry)
 
 
-def test_a_defence_that_guesses_is_not_sound(quick, dataset):
-    guess = shaped(keras.layers.Flatten(), keras.layers.Dense(10, kernel_initializer="zeros", bias_initializer=(
-        lambda shape, dtype=None: keras.ops.cast(keras.ops.arange(10) == 3, "float32"))))
-    rows = arena._tested(Network(guess), dataset.x_test, dataset.y_test, THREAT, 3, 0)
-    assert arena.NO_READOUT in {row["check"] for row in rows if not row["passed"]}
+def test_a_defence_that_guesses_is_not_sound_and_cannot_be_tested(quick, dataset):
+    def constant(x):
+        return tf.zeros_like(x[:, :10, 0, 0]) + tf.eye(10)[3]
+
+    assert {"clean images right", arena.NO_READOUT} <= raised(arena.examine(constant, dataset, THREAT, images=20))
 
 
 def test_weights_that_change_by_being_asked_are_found_out(quick, network, dataset):
     drift = tf.Variable(tf.zeros(10))
 
     def changing(x):
-        drift.assign_add(tf.eye(10)[0] * 1e-3)
+        drift.assign_add(tf.eye(10)[0] * 1e-4)
         return network(x, training=False) + drift
 
     entry = arena.examine(changing, dataset, THREAT, images=8)
@@ -312,7 +317,7 @@ def test_the_page_needs_nothing_else_and_can_be_read_without_eyes(plain, tmp_pat
     assert ("html", {"lang": "en"}) in tags and [tag for tag, _ in tags].count("h1") == 1
     assert all(about["alt"] and about["src"].startswith("data:") for tag, about in tags if tag == "img")
     assert all(about.get("scope") in ("row", "col") for tag, about in tags if tag == "th")
-    assert "http" not in text and "<script" not in text and "It stands nowhere." in text
+    assert "://" not in text and "<script" not in text and "It stands nowhere." in text
     assert f"<strong>{100 * summary['left']:.1f} %</strong>" in text
     assert all(flag["check"].split(":")[0] in text for flag in summary["flags"])
     assert summary["left_low"] <= summary["left"] <= summary["left_high"] and summary["images"] == 8
