@@ -173,31 +173,34 @@ def chosen(dataset, images):
     return whole.x_test[:images], whole.y_test[:images]
 
 
-def judge(defence, x, y, threat, *, attacks=None, steps=40, queries=300, examined=16, surrogate=None, seed=0,
-          label=None):
-    """`evaluation.evaluate`, and flags of what a defence that nobody has looked at may get wrong.
+def judge(defence, x, y, threat, *, attacks=None, steps=40, queries=300, checked=100, examined=16, seed=0, label=None):
+    """What `evaluation.evaluate` does, and flags of what a defence that nobody has looked at may get wrong.
 
     It may refuse most clean images, guess, answer an image alone otherwise than among others, or change by being
     asked; and it may be of a kind on which the tests of the evaluation itself cannot be made, which is a raised flag.
-    Arguments and result as those of `evaluate`.
+
+    attacks, steps, queries, examined, label : as `evaluate` takes them. checked : images of the sanity checks, whose
+    cost grows with them where their message does not; the attacks meet all.
     """
     defence = as_defence(defence)
-    before, right = answers(defence, x), evaluation.correct(defence, x, y)
-    found = evaluation.evaluate(defence, x, y, threat, attacks=attacks, surrogate=surrogate, steps=steps, seed=seed,
-                                queries=queries, examined=0, label=label)
+    before, clean = answers(defence, x), evaluation.outcomes(defence, x, y)
+    found, table = standard.standard(defence, x, y, threat, attacks=attacks, seed=seed, label=label)
+    worst = np.where(found.value > 0, 2, np.where(evaluation.outcomes(defence, found.images, y) == 1, 1, 0))
+    last, few = list(defence.paths(seed).values())[-1], slice(0, checked)
+    checks = {
+        "sanity": lambda: evaluation.sanity_checks(
+            defence, x[few], y[few], threat, path=last, beaten=found.value[few] > 0, steps=steps, queries=queries,
+            seed=seed).to_dict("records"),
+        "soundness": partial(_tested, defence, last, x[:examined], y[:examined], threat, steps, seed),
+        "answers": partial(_own, defence, x, y, before, clean)}
     rows = []
-    for build in tqdm([partial(_tested, defence, x[:examined], y[:examined], threat, steps, seed),
-                       partial(_own, defence, x, y, before, right)], desc=label and "checks", disable=label is None):
-        rows += build()
-    rows += [flags.share("clean images refused", found.clean == 1, 0.5, "<="),
-             flags.share("clean images right", found.clean == 0, 1.5 / before.logits.shape[1])]
-    table = pd.concat([found.flags, pd.DataFrame(rows)], ignore_index=True)
-    return evaluation.Report(found.clean, found.outcomes, found.found, found.attacks, table)
+    for check in tqdm(checks.values(), desc=label and "checks", disable=label is None, unit="set"):
+        rows += check()
+    return evaluation.Report(clean, worst, found, table, pd.DataFrame(rows))
 
 
-def _tested(defence, x, y, threat, steps, seed):
+def _tested(defence, last, x, y, threat, steps, seed):
     """Rows of the binarization test and the indicators of attack failure; a raised one where they cannot be had."""
-    last = list(defence.paths(seed).values())[-1]
     if not len(x) or models.randomised(last.outputs):  # both tests are of one answer an image
         return []
     attack, rows = partial(standard.apgd, steps=steps), []
@@ -210,16 +213,16 @@ def _tested(defence, x, y, threat, steps, seed):
     return rows
 
 
-def _own(defence, x, y, before, right):
-    """Rows: are the answers of each image its own, and are they what they were before the defence was attacked?"""
+def _own(defence, x, y, before, clean):
+    """Rows: is it of use, are the answers to an image its own, are they what they were before it was attacked?"""
+    rows = [flags.share("clean images refused", clean == 1, 0.5, "<="),
+            flags.share("clean images right", clean == 0, 1.5 / before.logits.shape[1])]
     if models.randomised(defence):
-        after = evaluation.correct(defence, x, y)
-        return [flags.difference("answers after the evaluation: images right before less after", right, after, 0.05,
-                                 "<=")]
+        return [*rows, flags.difference("answers after the evaluation: images right before less after", clean == 0,
+                                        evaluation.correct(defence, x, y), 0.05, "<=")]
     few = x[:16]
-    alone = [answers(defence, image[None]) for image in few]
-    return [flags.share("answers to an image alone as among others",
-                        _alike(before, [np.concatenate(part) for part in zip(*alone, strict=True)], len(few)), 1.0),
+    alone = [np.concatenate(part) for part in zip(*(answers(defence, image[None]) for image in few), strict=True)]
+    return [*rows, flags.share("answers to an image alone as among others", _alike(before, alone, len(few)), 1.0),
             flags.share("answers after the evaluation as before it", _alike(before, answers(defence, x), len(x)), 1.0)]
 
 
