@@ -24,7 +24,7 @@ MEANING = {  # start of a flag's name: what it asks, and what to try where it is
         "images, for a false-reject rate of a few per cent."),
     "clean images right": (
         "Is it better than guessing without an attack?",
-        "Is it trained on this data, with pixels in [0, 1], channels last, and the classes in this order?"),
+        "Train it on this data: pixels in [0, 1], channels last, the classes in this order."),
     "success at eps": (
         "Does the attack win at least as often in the whole ball as in half of it?",
         "The whole holds the half, so the attack is too weak: more steps, other losses, another path."),
