@@ -295,6 +295,7 @@ def test_a_held_out_defence_gets_a_sound_verdict_or_a_raised_flag(quick, saved, 
     told = json.loads((tmp_path / "arena/mine.json").read_text())
     flags = {flag["check"] for flag in told["flags"] if not flag["passed"]}
     assert all(f"RAISED {check}" in done.output for check in flags)
+    assert (report.UNTESTED in done.output) == (name in ("resize", "neighbours"))
     if name in ("masked", "few levels", "neighbours"):  # no gradient that an attack could follow: never a clean bill
         assert any("gradient" in check for check in flags) and "NOT SOUND" in done.output
     else:  # a real gradient: at this radius the network behind it keeps little, and neither does the defence
