@@ -191,9 +191,9 @@ def _board(record, folder):
 
     rows = board.rows(record)
     board.figure(rows).savefig(folder / "book/_static/board.png", dpi=150)
-    frame = pd.DataFrame(rows, columns=list(board.COLUMNS))
-    frame.to_csv(folder / "book/downloads/board.csv", index=False, encoding="utf-8")
-    frame.to_json(folder / "book/downloads/board.json", orient="records", indent=1, force_ascii=False)
+    frame, downloads = pd.DataFrame(rows, columns=list(board.COLUMNS)), folder / "book/downloads"
+    frame.to_csv(downloads / "board.csv", index=False, encoding="utf-8")
+    (downloads / "board.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
     best = {f"{row['data']}, {board.threat(row)}": None for row in rows}
     for row in reversed([row for row in rows if row["sound"]]):  # the most that is left comes first
         best[f"{row['data']}, {board.threat(row)}"] = row
