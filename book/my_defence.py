@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from helpers import data, filters, models, training
 from helpers.defence import Network, Outputs, Path
+from helpers.losses import cross_entropy
 
 
 class Doubter:
@@ -22,8 +23,8 @@ class Doubter:
         """What is deployed: logits, and a number above 0 where it refuses."""
         sharp = self.network(x).logits
         blurred = self.network(filters.gaussian(x, 1.0)).logits
-        apart = tf.abs(tf.nn.softmax(sharp) - tf.nn.softmax(blurred))
-        return Outputs(sharp, tf.reduce_sum(apart, axis=1) - self.threshold)
+        apart = cross_entropy(blurred, tf.argmax(sharp, axis=1))  # in nats: it does not saturate
+        return Outputs(sharp, apart - self.threshold)
 
     def paths(self, seed=0):
         """How it may be attacked, the strongest way last."""

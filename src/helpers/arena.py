@@ -309,7 +309,8 @@ def examine(model, dataset, threat, *, name="defence", images=200, seed=0, label
     except AssertionError:  # of an attack's own rules: not the reader's fault
         raise
     except Exception as error:
-        raise ArenaError(f"{name}: while it was attacked: {_said(error)}") from error
+        hint = "; a root or a logarithm of 0 has none: add a little" if isinstance(error, FloatingPointError) else ""
+        raise ArenaError(f"{name}: while it was attacked: {_said(error)}{hint}") from error
     sure = tuple(softmax(answers(defence, images).logits, axis=1) for images in (x, report.found.images))
     return Entry(name, dataset, threat, report, grid, curves, x, y, sure, seconds_per_image(defence, x))
 

@@ -191,6 +191,14 @@ def test_more_images_than_there_are_is_said(network, dataset):
         arena.examine(network, dataset, THREAT, images=21)
 
 
+def test_a_gradient_that_is_not_finite_is_said_with_what_to_try(quick, network, dataset):
+    def rooted(x):
+        return network(x, training=False) + tf.sqrt(tf.nn.relu(x[:, :1, 0, 0] - 2))
+
+    with pytest.raises(arena.ArenaError, match="mine: while it was attacked: .*not finite.*add a little"):
+        arena.examine(rooted, dataset, THREAT, name="mine", images=8)
+
+
 # ── Bad input: a flag ──
 
 
@@ -278,8 +286,8 @@ class Agree:
     randomised = False
     def __call__(self, x):
         each = tf.stack([net(turned, training=False) for turned in (x, tf.roll(x, 1, 1), tf.roll(x, 1, 2))])
-        apart = tf.reduce_max(tf.math.reduce_std(tf.nn.softmax(each), axis=0), axis=1)
-        return Outputs(tf.reduce_mean(each, axis=0), apart - 0.25)
+        apart = tf.reduce_max(tf.math.reduce_variance(tf.nn.softmax(each), axis=0), axis=1)
+        return Outputs(tf.reduce_mean(each, axis=0), apart - 0.06)
     def paths(self, seed=0):
         return {"exact": Path(self)}
 def defence():
