@@ -5,6 +5,8 @@ SHOW ?= auto
 CHAPTER ?=
 RUNS ?= 100
 SUITE ?= attacks detection rejection
+DEFENCE ?= book/my_defence.py
+ARENA ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -18,7 +20,7 @@ export HELPERS_DATA := $(if $(filter /%,$(firstword $(HELPERS_DATA))),,$(CURDIR)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help book site test paper bench soak lint address clean
+.PHONY: help book site test paper arena bench soak lint address clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +36,9 @@ test: $(READY) ## run every test, the notebooks' smoke runs and the rendered sit
 
 paper: $(READY) ## run the paper profile for hours, resumable, and put its results under book/ [CHAPTER=02]
 	@$(HELPERS) paper $(CHAPTERS)
+
+arena: $(READY) ## attack a defence of your own [DEFENCE=my_defence.py ARENA="--data mnist --norm l2 --eps 1.5 --images 100"]
+	@$(HELPERS) arena "$(DEFENCE)" $(ARENA)
 
 bench: $(PEERS) ## measure attacks, detectors and SVMs against the plain way, or attacks against AutoAttack [SUITE=strength]
 	@for suite in $(SUITE); do \

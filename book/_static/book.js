@@ -3,6 +3,7 @@ document.addEventListener("DOMContentLoaded", () => {
   const misnamed = "summary[aria-label], button.search-button__button, button.theme-switch-button";
   document.querySelectorAll(misnamed).forEach((control) => control.removeAttribute("aria-label"));
   document.querySelectorAll(".citation-list").forEach((list) => list.removeAttribute("role")); // it holds no list items
+  document.querySelectorAll("table.sortable").forEach(makeSortable);
   document.querySelectorAll("table.ledger").forEach(makeLedger);
   document.querySelectorAll(".cell_output table").forEach(classify);
   document.querySelectorAll(".eps-slider input").forEach(printLast);
@@ -37,11 +38,10 @@ function printLast(slider) {
   addEventListener("afterprint", () => move(shown));
 }
 
-// The ledger can be searched, filtered and sorted; without this script it is a plain table.
+// The ledger can be searched and filtered; without this script it is a plain table.
 function makeLedger(table) {
   const tools = document.querySelector("form.ledger-tools");
-  const body = table.tBodies[0];
-  const rows = [...body.rows];
+  const rows = [...table.tBodies[0].rows];
   const show = () => {
     const { words, paper, verdict } = Object.fromEntries(new FormData(tools));
     const wanted = words.toLowerCase().split(/\s+/);
@@ -56,6 +56,12 @@ function makeLedger(table) {
   tools.addEventListener("submit", (event) => event.preventDefault());
   tools.hidden = false;
   show();
+}
+
+// A press on a column's head sorts: numbers by their size, then words.
+function makeSortable(table) {
+  const body = table.tBodies[0];
+  const rows = [...body.rows];
   table.querySelectorAll("th").forEach((head, column) => {
     const button = document.createElement("button");
     button.textContent = head.textContent;

@@ -1,77 +1,55 @@
-"""A reader's own defence against the book's attacks: opened from a file, evaluated, and told in plain words."""
+"""A reader's own defence against the book's attacks: brought from a file, looked at, and judged.
+
+    opened / brought ─► judge (all attacks, is it sound?) ─► examine (and a curve) ─► helpers.report
+"""
 
 import importlib.util
-import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import jinja2
 import keras
 import numpy as np
 import pandas as pd
+import tensorflow as tf
+from scipy.special import softmax
+from tqdm import tqdm
 
-from helpers import data, evaluation, figures, files, flags
-from helpers.defence import answers, as_defence
-from helpers.models import randomised
+from helpers import data, evaluation, flags, models, soundness, standard
+from helpers.defence import Path as Way
+from helpers.defence import answers, as_defence, never
 from helpers.threat import ThreatModel
 
-MEANING = {  # start of a flag's name: what it means where it is raised, and what to try
-    "images with the same answer": "One image gets two answers. Say `randomised = True`: draws are averaged.",
-    "answers after the evaluation": "The defence answers otherwise than before it was attacked: it keeps something "
-        "from call to call. Make each answer depend on the image alone.",
-    "clean images refused": "It refuses most images that nobody attacked: what is left of it is of no use. Choose its "
-        "threshold on clean validation images.",
-    "clean images right": "It is no better than guessing without an attack. Is it trained on this data, with pixels in "
-        "[0, 1] and these classes?",
-    "success at eps": "The attack wins more often in half the ball than in the whole one, which holds that half: it is "
-        "too weak. More steps, other losses, another path.",
-    "success at the largest eps": "With every valid image allowed, some images still stand: the attack cannot follow "
-        "the gradient. Add a path with a gradient (BPDA).",
-    "PGD less a single step": "One step does more than many: the loss is bent around the image (gradient masking).",
-    "twice the steps": "Longer attacks go on winning: what is left is not settled. Take more steps.",
-    "PGD less random noise": "The attack does no more than noise of the same size: it does nothing.",
-    "PGD less no attack": "The attack does nothing.",
-    "PGD less the smallest change": "A search for the smallest change wins where PGD does not: gradients near the "
-        "image mislead. The number to quote is the worst case of both.",
-    "PGD at eps / 2 less the smallest": "At half the radius a search for the smallest change wins where PGD does not: "
-        "a curve over eps by PGD alone is too high there.",
-    "PGD less a gradient-free": "Random search does more than the gradient: the gradient is masked. Add a path without "
-        "what masks it (BPDA).",
-    "the whole set less PGD": "Plain PGD wins more often than the set of attacks that was used: the set is too weak.",
-    "white box less transfer": "Images made against another network do more than its own gradient, which is masked.",
-    "images with a gradient": "The loss has no gradient on many images: a step without derivative, or a softmax that "
-        "saturates. Add a path that replaces it (BPDA).",
-    "images on a kink": "Many images lie on a kink of a ReLU or a maximum, where a gradient says little.",
-    "images off a kink": "The gradient is not that of the function: a stopped or replaced gradient on this path.",
-    "binarization test: success of the attack": "An adversarial image that was planted in the ball is not found: the "
-        "attack is too weak for this defence, and what is left is not to be quoted.",
-    "binarization test: success of random": "Chance finds the planted images: this test asks too little here.",
-    "indicator: unavailable gradients": "Half of the attack's gradients are zero or not finite.",
-    "indicator: unstable": "A little noise changes the loss by much: average over draws (`defence.Mean`).",
-    "indicator: silent": "The attack passed a win and gave back another image.",
-    "indicator: incomplete": "The attack was still gaining when it stopped: more steps.",
-    "indicator: transfer failure": "The attack wins on its path and not on what is deployed: a path nearer to it.",
-    "indicator: unconstrained": "With every valid image allowed the attack still fails.",
-}
+SAME = 1000  # test images that all defences of the board meet; a reader's own meets the first of them
+CURVE = 100  # images of the curve over eps
+NO_READOUT = "binarization test: a readout could be made"
+NO_INDICATORS = "indicators of attack failure: they could be read"
 
 
 class ArenaError(Exception):
     """A defence that cannot be evaluated; the message says which, why, and what was expected."""
 
 
-def opened(path):
-    """The defence of a file: a Keras network, .keras, or what `defence()` of a Python file gives.
+# ── Bringing a defence ──
 
+
+def opened(path, randomised=False):
+    """What a file holds: the network of a .keras, or what `defence()` of a Python file gives.
+
+    randomised : whether a network of a file, which cannot say so itself, may give one image two answers.
     Raises ArenaError for another file, a missing `defence`, or one that raises. A Python file is executed: it is the
     reader's own.
     """
     path = Path(path)
     if path.suffix == ".keras":
         try:
-            return as_defence(keras.saving.load_model(path, compile=False, safe_mode=True))
+            network = keras.saving.load_model(path, compile=False, safe_mode=True)
+            if randomised:
+                network.randomised = True
+            return network
         except Exception as error:  # Keras raises many kinds for a file that is none
-            raise ArenaError(f"{path}: no network of Keras ({error})") from error
+            raise ArenaError(f"{path}: no network of Keras ({_said(error)})") from error
     if path.suffix != ".py":
         raise ArenaError(f"{path}: expected a Python file with a function `defence`, or a network saved as .keras")
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -82,14 +60,19 @@ def opened(path):
         if not callable(getattr(module, "defence", None)):
             raise ArenaError(f"{path}: no function `defence`; expected one without arguments that gives a Keras "
                              "network, a function from images to logits, or a defence of three members")
-        return as_defence(module.defence())
+        return module.defence()
     except ArenaError:
         raise
     except Exception as error:
-        line = _line_in(error, path)
-        raise ArenaError(f"{path}{line}: {type(error).__name__}: {error}") from error
+        raise ArenaError(f"{path}{_line_in(error, path)}: {_said(error)}") from error
     finally:
         sys.path.pop(0)
+
+
+def _said(error):
+    """Kind and first lines of an error: a long trace of TensorFlow would hide the sentence."""
+    text = " ".join(line.strip() for line in str(error).strip().splitlines()[:3])
+    return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
 
 
 def _line_in(error, path):
@@ -102,16 +85,195 @@ def _line_in(error, path):
     return found
 
 
+def brought(model, x, name="defence"):
+    """`model` as a `Defence` that is known to answer images like `x` (n, h, w, c) as one should.
+
+    A function of images that says nothing of itself is asked whether it is random; where TensorFlow cannot follow it,
+    it is one of `Arrays`.
+    Raises ArenaError, in words, for what is no defence, raises, takes other images, gives NaN or probabilities, or
+    answers differently when it is asked again without saying that it is `randomised`.
+    """
+    few = x[:8]
+    try:
+        if isinstance(model, keras.Model):
+            models.check_size(model, few)
+        if callable(model) and not isinstance(model, keras.Layer) and not hasattr(model, "paths"):
+            model = _function(model, few)
+        defence = as_defence(model)
+        _ask(defence, few)
+        answers(defence, few)
+        return defence
+    except ArenaError as error:
+        raise ArenaError(f"{name}: {error}") from error
+    except Exception as error:
+        hint = "; of votes or probabilities, give the logarithm" if "probabilities" in str(error) else ""
+        raise ArenaError(f"{name}: {_said(error)}{hint}") from error
+
+
+def _ask(defence, x):
+    """What `defence` answers to images, given as a tensor; ArenaError where it raises."""
+    try:
+        return defence(tf.constant(x))
+    except Exception as error:
+        raise ArenaError(f"it raises on images of shape {x.shape}, float32 in [0, 1], channels last: "
+                         f"{_said(error)}") from error
+
+
+def _function(function, x):
+    """A function of images as one that says whether it is random, and of which a graph can be made."""
+    try:
+        first = _ask(function, x)
+    except ArenaError:
+        first = _ask(lambda images: function(images.numpy()), x)  # it may want arrays
+    if hasattr(first, "logits"):
+        raise ArenaError("it answers with logits and refusal and has no `paths(seed)`; expected all three members: "
+                         "`randomised`, the call and `paths`")
+    logits = np.asarray(first)
+    models.check_logits(logits)
+    if models.randomised(function) and hasattr(function, "randomised"):
+        return function
+    if any(not np.allclose(logits, np.asarray(_array(function, x)), rtol=1e-3, atol=1e-3) for _ in range(2)):
+        raise ArenaError("it answers differently when it is asked again; expected the same each time, or an attribute "
+                         "`randomised = True` that says so: then draws are averaged")
+    return _steady(function, x, logits)
+
+
+def _array(function, x):
+    try:
+        return function(tf.constant(x))
+    except Exception:
+        return function(x)
+
+
+def _steady(function, x, logits):
+    """`function`, declared not to be random; `Arrays` of it where a graph cannot be made."""
+    def followed(images):
+        return tf.convert_to_tensor(function(images), tf.float32)
+
+    try:
+        same = np.allclose(tf.function(followed)(tf.constant(x)), logits, rtol=1e-3, atol=1e-3)
+    except Exception:  # NumPy within, most often
+        same = False
+    followed.randomised = False
+    return followed if same else Arrays(function)
+
+
+class Arrays:
+    """A function of arrays as a `Defence` without a gradient, asked once about each batch.
+
+    It says that it is random to be kept out of graphs: a graph of the function's own, within another one, may wait for
+    a thread for ever.
+    """
+
+    randomised = True
+
+    def __init__(self, function):
+        self.function, self.known = function, {}
+
+    def __call__(self, x):
+        """Logits of `x` (n, h, w, c), and no refusal."""
+        key = x.numpy().tobytes()
+        if key not in self.known:
+            while len(self.known) >= 4:
+                del self.known[next(iter(self.known))]
+            self.known[key] = tf.constant(np.asarray(self.function(x.numpy())), tf.float32)
+        return never(self.known[key])
+
+    def paths(self, seed=0):
+        """Itself."""
+        return {"exact": Way(self)}
+
+
+# ── Judging it ──
+
+
+def chosen(dataset, images):
+    """The first `images` of the test images of the board: x (n, h, w, c), y (n,). ArenaError where there are fewer."""
+    if not 1 <= images <= len(dataset.y_test):
+        raise ArenaError(f"images: got {images}, expected 1 to {len(dataset.y_test)}, which {dataset.name} has")
+    whole = dataset.take(None, max(images, min(SAME, len(dataset.y_test))))
+    return whole.x_test[:images], whole.y_test[:images]
+
+
+def judge(defence, x, y, threat, *, attacks=None, steps=40, queries=300, checked=100, examined=16, seed=0, label=None):
+    """What `evaluation.evaluate` does, and flags of what a defence that nobody has looked at may get wrong.
+
+    It may refuse most clean images, guess, answer an image alone otherwise than among others, or change by being
+    asked; and it may be of a kind on which the tests of the evaluation itself cannot be made, which is a raised flag.
+
+    attacks, steps, queries, examined, label : as `evaluate` takes them. checked : images of the sanity checks, whose
+    cost grows with them where their message does not; the attacks meet all.
+    """
+    defence = as_defence(defence)
+    before, clean = answers(defence, x), evaluation.outcomes(defence, x, y)
+    found, table = standard.standard(defence, x, y, threat, attacks=attacks, seed=seed, label=label)
+    worst = np.where(found.value > 0, 2, np.where(evaluation.outcomes(defence, found.images, y) == 1, 1, 0))
+    last, few = list(defence.paths(seed).values())[-1], slice(0, checked)
+    checks = {
+        "sanity": lambda: evaluation.sanity_checks(
+            defence, x[few], y[few], threat, path=last, beaten=found.value[few] > 0, steps=steps, queries=queries,
+            seed=seed).to_dict("records"),
+        "soundness": partial(_tested, defence, last, x[:examined], y[:examined], threat, steps, seed),
+        "answers": partial(_own, defence, x, y, before, clean)}
+    rows = []
+    for check in tqdm(checks.values(), desc=label and "checks", disable=label is None, unit="set"):
+        rows += check()
+    return evaluation.Report(clean, worst, found, table, pd.DataFrame(rows))
+
+
+def _tested(defence, last, x, y, threat, steps, seed):
+    """Rows of the binarization test and the indicators of attack failure; a raised one where they cannot be had."""
+    if not len(x) or models.randomised(last.outputs):  # both tests are of one answer an image
+        return []
+    attack, rows = partial(standard.apgd, steps=steps), []
+    for name, test in ((NO_READOUT, partial(soundness.binarization, defence, attack, x)),
+                       (NO_INDICATORS, partial(soundness.indicators, defence, attack, x, y))):
+        try:
+            rows += test(threat, path=last, seed=seed)
+        except (ValueError, FloatingPointError):
+            rows.append(flags.flag(name, 0.0, 1.0, ">=", len(x)))
+    return rows
+
+
+def _own(defence, x, y, before, clean):
+    """Rows: is it of use, are the answers to an image its own, are they what they were before it was attacked?"""
+    rows = [flags.share("clean images refused", clean == 1, 0.5, "<="),
+            flags.share("clean images right", clean == 0, 1.5 / before.logits.shape[1])]
+    if models.randomised(defence):
+        return [*rows, flags.difference("answers after the evaluation: images right before less after", clean == 0,
+                                        evaluation.correct(defence, x, y), 0.05, "<=")]
+    few = x[:16]
+    alone = [np.concatenate(part) for part in zip(*(answers(defence, image[None]) for image in few), strict=True)]
+    return [*rows, flags.share("answers to an image alone as among others", _alike(before, alone, len(few)), 1.0),
+            flags.share("answers after the evaluation as before it", _alike(before, answers(defence, x), len(x)), 1.0)]
+
+
+def _alike(one, other, n):
+    """Of which of the first `n` images logits and refusal agree but for rounding, (n,) bool."""
+    a, b = (np.column_stack([part[:n].reshape(n, -1) for part in outputs]).astype(float) for outputs in (one, other))
+    scale = 1e-3 * max(1.0, np.abs(a[np.isfinite(a)]).max())
+    return np.isclose(a, b, rtol=1e-3, atol=scale).all(axis=1)
+
+
 @dataclass(frozen=True)
 class Entry:
-    """A defence that was examined: its report, and what is shown of it."""
+    """A defence that was examined: its report, and what is shown of it.
+
+    grid, curves : eps values, and name -> which images survive PGD there, (eps, n).
+    x, y : the images that it met. sure : probabilities (n, classes) before the attack, and at the worst.
+    seconds : what an answer to an image takes.
+    """
 
     name: str
     dataset: data.Dataset
     threat: ThreatModel
     report: evaluation.Report
     grid: list
-    curve: np.ndarray
+    curves: dict
+    x: np.ndarray
+    y: np.ndarray
+    sure: tuple
+    seconds: float
 
     def summary(self):
         """Everything as plain values, for JSON."""
@@ -121,76 +283,53 @@ class Entry:
             "defence": self.name, "data": self.dataset.name, "data_sha256": self.dataset.sha256,
             "norm": self.threat.norm, "eps": self.threat.eps, "images": len(found.clean), "sound": found.sound,
             "left": found.left, "left_low": interval["low"], "left_high": interval["high"],
+            "seconds_per_image": self.seconds,
             "clean": evaluation.rates(found.clean), "attacked": evaluation.rates(found.outcomes),
             "attacks": found.attacks.to_dict("records"), "flags": found.flags.to_dict("records"),
-            "curve": {"eps": list(self.grid), "left": self.curve.mean(axis=1).tolist()},
+            "curves": {"eps": list(self.grid)} | {name: rows.mean(axis=1).tolist()
+                                                  for name, rows in self.curves.items()},
         }
 
 
-def examine(defence, dataset, threat, *, name="defence", images=200, seed=0, label=None):
-    """Evaluate `defence` on the first `images` test images of `dataset`, of all that is known to be wrong first.
+def examine(model, dataset, threat, *, name="defence", images=200, seed=0, label=None):
+    """Bring `model`, and judge it on the first `images` of the board's test images. Returns an `Entry`.
 
-    label : text of the progress bar; None shows none. Returns an `Entry`.
-    Raises ArenaError where the defence answers to no images of this data as one should.
+    label : text of the progress bar; None shows none.
+    Raises ArenaError where the defence answers to no images of this data as one should, before the attacks or under
+    them.
     """
-    x, y = dataset.x_test[:images], dataset.y_test[:images]
-    try:
-        defence = as_defence(defence)
-        before = answers(defence, x)
-    except Exception as error:
-        raise ArenaError(f"{name}: {error}") from error
-    if (classes := before.logits.shape[1]) != len(dataset.class_names):
+    x, y = chosen(dataset, images)
+    defence = brought(model, x, name)
+    if (classes := answers(defence, x[:8]).logits.shape[1]) != len(dataset.class_names):
         raise ArenaError(f"{name}: answers with {classes} classes; expected {len(dataset.class_names)}, those of "
                          f"{dataset.name}")
-    found = evaluation.evaluate(defence, x, y, threat, label=label, seed=seed)
-    extra = [flags.share("clean images refused", found.clean == 1, 0.5, "<="),
-             flags.share("clean images right", found.clean == 0, 1.5 / classes)]
-    if not randomised(defence):
-        after = answers(defence, x)
-        same = np.isclose(before.logits, after.logits, rtol=1e-3, atol=1e-3).all(axis=1)
-        extra.append(flags.share("answers after the evaluation as before it", same, 1.0))
-    report = evaluation.Report(found.clean, found.outcomes, found.found, found.attacks,
-                               pd.concat([found.flags, pd.DataFrame(extra)], ignore_index=True))
-    grid = [0.0, *(factor * threat.eps for factor in (0.25, 0.5, 0.75, 1.0))]
-    some = slice(0, min(len(x), 100))
-    curve = evaluation.survivors(defence, grid, x[some], y[some], norm=threat.norm, seed=seed, steps=20, restarts=2,
-                                 losses=("margin", "cross-entropy"),
-                                 path=list(defence.paths(seed).values())[-1])
-    curve[-1] &= report.outcomes[some] != 2  # at eps the whole set has been tried
-    return Entry(name, dataset, threat, report, grid, curve)
+    try:
+        report = judge(defence, x, y, threat, seed=seed, label=label)
+        grid, curves = _curves(defence, x[:CURVE], y[:CURVE], threat, report, seed)
+    except AssertionError:  # of an attack's own rules: not the reader's fault
+        raise
+    except Exception as error:
+        hint = "; a root or a logarithm of 0 has none: add a little" if isinstance(error, FloatingPointError) else ""
+        raise ArenaError(f"{name}: while it was attacked: {_said(error)}{hint}") from error
+    sure = tuple(softmax(answers(defence, images).logits, axis=1) for images in (x, report.found.images))
+    return Entry(name, dataset, threat, report, grid, curves, x, y, sure, seconds_per_image(defence, x))
 
 
-def advice(check):
-    """What a raised flag means and what to try, in a sentence or two."""
-    return next((text for start, text in MEANING.items() if check.startswith(start)), "")
+def _curves(defence, x, y, threat, report, seed):
+    """eps values, and which images survive PGD there on the first and on the last path, (eps, n)."""
+    grid, paths = [0.0, *(factor * threat.eps for factor in (0.25, 0.5, 0.75, 1.0))], defence.paths(seed)
+    ends = dict(zip(("unaware", "informed"), (list(paths.values())[i] for i in (0, -1)), strict=True))
+    if len(paths) == 1:
+        del ends["unaware"]
+    curves = {name: evaluation.survivors(defence, grid, x, y, norm=threat.norm, path=path, seed=seed, steps=20,
+                                         restarts=2, losses=("margin", "cross-entropy")) for name, path in ends.items()}
+    curves["informed"][-1] &= report.outcomes[: len(x)] != 2  # at eps the whole set has been tried
+    return grid, curves
 
 
-def write(entry, folder):
-    """Write <name>.json and <name>.html, a page that needs nothing else, to `folder`; return their paths."""
-    paths = [Path(folder) / f"{entry.name}.{kind}" for kind in ("json", "html")]
-    template = jinja2.Template(Path(__file__).with_name("arena.html.jinja").read_text("utf-8"), autoescape=True)
-    rows = entry.report.flags.assign(advice=[advice(check) for check in entry.report.flags["check"]])
-    summary = entry.summary()
-    page = template.render(entry=summary, flags=rows.to_dict("records"), pictures=_pictures(entry))
-    for path, text in zip(paths, (json.dumps(summary, indent=1, ensure_ascii=False), page), strict=True):
-        with files.atomic(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    return paths
-
-
-def _pictures(entry):
-    """(PNG as base64, alternative text, caption) of some attacked images and of the curve."""
-    found, pictures = entry.report.found, []
-    won = np.flatnonzero((entry.report.clean == 0) & (entry.report.outcomes == 2))[:8]
-    if won.size:
-        x, names = entry.dataset.x_test, entry.dataset.class_names
-        titles = [*(names[k] for k in entry.dataset.y_test[won]), *[""] * len(won)]
-        grid = figures.digit_grid([*x[won], *found.images[won]], titles, columns=len(won), size=1.2)
-        pictures.append((figures.png(grid), f"{len(won)} test images, and below them the images that evade the defence",
-                         "Images that are right (top), and the worst that the attacks made of them (bottom)."))
-    left = entry.curve.mean(axis=1)
-    curve = figures.security_curve(entry.grid, {"PGD": left[None]}, ylabel="right or refused")
-    pictures.append((figures.png(curve), f"From {left[0]:.0%} without an attack to {left[-1]:.0%} at ε = "
-                     f"{entry.threat.eps:g}", "What is left by ε under PGD on the last path, and at the largest ε "
-                     f"under all attacks of the table; one seed, {entry.curve.shape[1]} images."))
-    return pictures
+def seconds_per_image(defence, x):
+    """How long an answer takes in a batch of up to 100 images, the second time, when graphs are made."""
+    for _ in range(2):
+        started = tf.timestamp()
+        answers(defence, x[:100])
+    return float(tf.timestamp() - started) / len(x[:100])

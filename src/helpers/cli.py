@@ -99,30 +99,30 @@ def cost(chapters):
 @click.option("--data", "dataset", default="digits", show_default=True, help="Data set of helpers.data.")
 @click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True)
 @click.option("--eps", default=0.1, show_default=True, help="Radius, pixels in [0, 1].")
-@click.option("--images", default=200, show_default=True, help="Test images.")
+@click.option("--images", type=click.IntRange(1), default=200, show_default=True,
+              help="Test images, the first of those of the board; 100 take a few minutes.")
 @click.option("--seed", default=0, show_default=True)
-def arena(file, dataset, norm, eps, images, seed):
+@click.option("--randomised", is_flag=True, help="A network of FILE may give one image two answers.")
+def arena(file, dataset, norm, eps, images, seed, randomised):
     """Attack the defence in FILE with all the book has, and write what is left as JSON and as a page.
 
     FILE is a network saved as .keras, or a Python file with a function `defence` that gives a Keras network, a function
-    from images to logits, or an object with `randomised`, a call and `paths` (see CONTRIBUTING.md).
+    from images to logits, or an object with `randomised`, a call and `paths` (see CONTRIBUTING.md, and the file
+    book/my_defence.py). It says what is left, which flags are raised and what to try, and the place on the board.
     """
-    from helpers import arena, data  # TensorFlow takes seconds, which the other commands do not need
+    from helpers import arena, board, data, report  # TensorFlow takes seconds, which the other commands do not need
     from helpers.threat import ThreatModel
 
     try:
         threat, loaded, options = ThreatModel(norm, eps), data.load(dataset), {"images": images, "seed": seed}
-        entry = arena.examine(arena.opened(file), loaded, threat, name=file.stem, label="attacks", **options)
+        brought = arena.opened(file, randomised)
+        entry = arena.examine(brought, loaded, threat, name=file.stem, label="attacks", **options)
     except (arena.ArenaError, ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
-    found, folder = entry.report, files.output("arena")
-    click.echo(f"\n{found.attacks.to_string(index=False)}\n")
-    for row in found.flags[~found.flags["passed"]].itertuples():
-        measured = f"{row.measured:.3f}, limit {row.relation} {row.limit:g}"
-        click.echo(f"RAISED {row.check}: {measured}. {arena.advice(row.check)}")
-    click.echo(f"{found.left:.1%} of {len(found.clean)} images are left at {norm}, eps {eps:g}"
-               + ("" if found.sound else ": not sound, not to be quoted"))
-    for path in arena.write(entry, folder):
+    place = board.place(entry.summary(), board.kept())
+    for line in report.lines(entry, place):
+        click.echo(line)
+    for path in report.write(entry, files.output("arena"), place):
         click.echo(f"written: {path}")
 
 

@@ -194,6 +194,21 @@ def _left_standing(rows, folder):
                        for row in rows}).savefig(path, dpi=150)
 
 
+def _board(record, folder):
+    """Draw the board and write its rows as CSV and JSON; return what its page shows."""
+    from helpers import board
+
+    rows = board.rows(record)
+    board.figure(rows).savefig(folder / "book/_static/board.png", dpi=150)
+    frame, downloads = pd.DataFrame(rows, columns=list(board.COLUMNS)), folder / "book/downloads"
+    frame.to_csv(downloads / "board.csv", index=False, encoding="utf-8")
+    (downloads / "board.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
+    best = {f"{row['data']}, {board.threat(row)}": None for row in rows}
+    for row in reversed([row for row in rows if row["sound"]]):  # the most that is left comes first
+        best[f"{row['data']}, {board.threat(row)}"] = row
+    return {"board": rows, "threats": best, "run": record}
+
+
 def _primer(folder):
     """Draw the primer's pictures."""
     from helpers import primer
@@ -230,8 +245,9 @@ def stage(book: Book) -> None:
             "kept": _kept(book), "left": what_is_left(book), "errata": wrong,
             "runs": status(book), "failures": failures(book), "has_address": is_set(book.root)}
     _left_standing(data["left"], stage)
+    data |= _board(data["kept"].get("06_arena"), stage)
     _primer(stage)
-    for name in ("index.md", "ledger.md", "status.md"):
+    for name in ("index.md", "ledger.md", "board.md", "status.md"):
         text = pages.get_template(f"{name}.jinja").render(data)
         (stage / "book" / name).write_text(text, encoding="utf-8")
 

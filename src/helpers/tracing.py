@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 NO_COMPUTE = {"__init__", "__main__", "address", "book", "cli", "execution", "figures", "files", "primer", "profiles",
-              "records", "site", "tracing", "units"}
+              "records", "report", "site", "tracing", "units"}
 _FOLDER = Path(__file__).parent
 
 

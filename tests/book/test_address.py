@@ -31,7 +31,8 @@ def texts(folder):
 def fresh(folder):
     """For each chapter, whether its committed copy has the code of its notebook."""
     book = Book(folder, folder / "_build")
-    return [same_code(book.source(name), nbformat.read(book.committed(name)[0], 4)) for name in book.chapters()]
+    return [same_code(book.source(name), nbformat.read(book.committed(name)[0], 4)) for name in book.chapters()
+            if book.committed(name)[0].exists()]
 
 
 @pytest.mark.parametrize("url", ["https://github.com/me/repo", "https://github.com/me/my.repo-2.git"])

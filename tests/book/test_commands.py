@@ -47,7 +47,7 @@ def checkout(tmp_path):
 def test_make_lists_its_targets():
     listed = make(cwd=ROOT).stdout.splitlines()
     assert [line.split()[1] for line in listed] == [
-        "help", "book", "site", "test", "paper", "bench", "soak", "lint", "address", "clean"]
+        "help", "book", "site", "test", "paper", "arena", "bench", "soak", "lint", "address", "clean"]
 
 
 def test_set_up_is_from_the_lock_with_hashes_and_done_once(checkout, tmp_path):
@@ -61,6 +61,11 @@ def test_set_up_is_from_the_lock_with_hashes_and_done_once(checkout, tmp_path):
         "python -m helpers book --profile quick --show run --chapter 02 --chapter 04"]
     os.utime(tmp_path / "requirements.lock", (4e9, 4e9))
     assert any("requirements.lock" in line for line in checkout("test")[1])
+
+
+def test_make_arena_takes_a_file_and_options(checkout):
+    assert checkout("arena", "DEFENCE=my defence.py", "ARENA=--norm l2 --eps 1.5")[1][-1] == (
+        "python -m helpers arena my defence.py --norm l2 --eps 1.5")
 
 
 def test_the_folder_of_the_data_may_be_relative_and_have_a_space(checkout, tmp_path):

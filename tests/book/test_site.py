@@ -11,6 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from helpers import board
 from helpers.address import is_set
 from helpers.execution import status
 from helpers.records import Record, claims
@@ -158,9 +159,9 @@ def test_chapters_have_card_downloads_and_a_way_to_colab(site, folder, pages):
     repository = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
     name = repository["url"].removeprefix("https://github.com/")
     colab = f"https://colab.research.google.com/github/{name}/blob/{repository['branch']}/notebooks"
-    assert site.chapters()
+    assert any(map(site.shown, site.chapters()))
     assert not [link for page in pages.values() for link in page.links if "/OWNER/" in link]
-    for chapter in site.chapters():
+    for chapter in filter(site.shown, site.chapters()):
         path = folder / f"notebooks/{chapter}.html"
         text, links = path.read_text(), pages[path].links
         record = Record.load(site.committed(chapter)[1]).judged_again()
@@ -181,10 +182,19 @@ def test_the_ledger_shows_every_claim(folder):
     assert {row["Claim"] for row in rows} == set(claims())
 
 
+def test_the_board_shows_its_rows_or_that_there_are_none(site, folder):
+    text = (folder / "book/board.html").read_text()
+    rows = json.loads(next(folder.glob("_downloads/*/board.json")).read_text())
+    frame = pd.read_csv(next(folder.glob("_downloads/*/board.csv")))
+    assert rows == board.kept(ROOT) and len(frame) == len(rows) and list(frame.columns) == list(board.COLUMNS)
+    assert ("There is no record yet" in text) == (not rows) and "Doubter" in text
+    assert text.count("<tr><td") == max(1, len(rows)) and list(folder.glob("_downloads/*/my_defence.py"))
+
+
 def test_the_status_page_says_what_is_shown_and_that_nothing_was_executed(site, folder):
     text = (folder / "book/status.html").read_text()
     assert not status(site) and "No chapter was executed on this machine." in text
-    for chapter in site.chapters():
+    for chapter in filter(site.shown, site.chapters()):
         executed, record = site.committed(chapter)
         fresh = escape(" ".join(site.changed(executed, record)) or "yes", quote=False)
         assert re.search(rf"{chapter}\.html.*?<p>paper</p>.*?<p>{Record.load(record).created[:10]} .*?<p>{fresh}</p>",
@@ -192,7 +202,7 @@ def test_the_status_page_says_what_is_shown_and_that_nothing_was_executed(site, 
 
 
 def test_a_page_that_is_not_fresh_says_so(site, folder):
-    for chapter in site.chapters():
+    for chapter in filter(site.shown, site.chapters()):
         text = (folder / f"notebooks/{chapter}.html").read_text().replace("’", "'")
         for sentence in ("The notebook's code has changed since this run.", "computed with earlier helpers."):
             assert (sentence in text) == (sentence in " ".join(site.changed(*site.committed(chapter)))), chapter

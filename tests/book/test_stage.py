@@ -14,7 +14,7 @@ import yaml
 from conftest import FIGURE, RECORD, ROOT, command, commit
 from nbformat.v4 import new_output
 
-from helpers import flags
+from helpers import board, flags
 from helpers.book import Book, BookError
 from helpers.execution import execute
 from helpers.records import Record, claims
@@ -273,7 +273,7 @@ def test_what_is_left_is_read_from_the_records_and_less_than_the_weak_attack_lea
     """The second half is what the figure's alternative text on the index says."""
     book = Book(ROOT, tmp_path)
     rows = what_is_left(book)
-    assert {row["chapter"] for row in rows} == set(book.chapters())
+    assert {row["chapter"] for row in rows} == set(book.chapters()) - {"06_arena"}  # which has a board of its own
     for row in rows:
         executed, path = book.committed(row["chapter"])
         if not path.exists() or not row["weak"]["shares"] or not row["informed"]["shares"]:
@@ -297,6 +297,35 @@ def test_the_index_says_what_its_first_figure_finds(tmp_path):
     text = (tmp_path / "stage/book/index.md").read_text()
     (found,) = re.findall(r"at-a-glance\.png\n:alt: (.*)\n:name: ", text)
     assert [int(number) for number in re.findall(r"\d+", found)] == [sum(verdicts.values()), *verdicts.values()]
+
+
+def test_the_board_lists_the_rows_of_the_arenas_record_unsound_ones_below(tiny):
+    book = tiny("1", name="06_arena")
+    stage(book)
+    folder = book.output / "stage/book"
+    assert "There is no record yet" in (folder / "board.md").read_text()
+    assert list(pd.read_csv(folder / "downloads/board.csv")) == list(board.COLUMNS)
+    empty, found = (folder / "_static/board.png").read_bytes(), Record.start("06_arena", "paper", {})
+    run = {"clean": np.zeros(4), "ignored": np.ones(4, bool), "milliseconds": 1.0}
+    for worst, passed in (([0, 0, 2, 2], True), ([0, 0, 1, 2], True), ([0, 0, 0, 0], False)):
+        flag = {"check": "PGD <does> nothing", "passed": passed}
+        row = board.row(f"NR {sum(worst)}", "mnist", ("linf", 0.1), run | {"worst": np.array(worst), "flags": [flag]},
+                        certified=None, parameters=3, training=2.0)
+        found.tables = {"board": [*found.tables.get("board", []), row]}
+    executed, path = book.committed("06_arena")
+    for kept in (executed, path):
+        kept.parent.mkdir(parents=True)
+    nbformat.write(book.source("06_arena"), executed)
+    path.write_text(found.model_dump_json())
+    stage(book)
+    listed = (folder / "board.md").read_text()
+    assert re.findall(r"notebooks/(\w+)\.html\">(NR \d)<", listed) == [
+        ("01_deep_neural_rejection", f"NR {n}") for n in (3, 4, 0)]
+    assert "<td>75.0</td>" in listed and "no</strong>: PGD &lt;does&gt; nothing" in listed
+    assert "At mnist, L∞, ε = 0.1 most is left of NR 3, 75 per cent." in listed
+    rows = json.loads((folder / "downloads/board.json").read_text())
+    assert rows == board.kept(book.root) and [row["sound"] for row in rows] == [True, True, False]
+    assert (folder / "_static/board.png").read_bytes() != empty
 
 
 def test_a_series_that_a_fresh_record_lacks_is_named_and_an_older_one_leaves_it_open(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ def test_chapter(smoke, chapter):
     assert not [cell for cell, about in figures.items() if not about.get("alt", "").strip()], "what do they show?"
     assert (record.chapter, record.profile) == (chapter, "smoke")
     assert {data.source for data in record.provenance.datasets.values()} == {"embedded"}
-    assert {claim.verdict for claim in record.claims} == {"not-testable"}, "smoke reproduces nothing"
+    assert {claim.verdict for claim in record.claims} <= {"not-testable"}, "smoke reproduces nothing"
     assert {claim.id for claim in record.claims} == {name for name in claims() if name[:2] == chapter[:2]}
 
 

@@ -1,6 +1,9 @@
 """A reader's own defence: what a file may hold, what is said of it, and that a misleading one is found out."""
 
 import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path as File
 
 import keras
 import numpy as np
@@ -8,13 +11,18 @@ import pytest
 import tensorflow as tf
 from click.testing import CliRunner
 
-from helpers import arena, cli, data, models, standard, training
-from helpers.defence import Network, Outputs, Path
+from helpers import arena, board, cli, data, evaluation, models, report, standard, training
+from helpers.defence import Network, Outputs, Path, answers
 from helpers.threat import ThreatModel
 
 THREAT = ThreatModel("linf", 0.1)
+EXAMPLE = File(__file__).parents[2] / "book/my_defence.py"
 FEW = {"APGD": lambda *images, **options: standard.apgd(*images, steps=10, **options),
        "Square": lambda *images, **options: standard.square(*images, queries=20, **options)}
+
+
+def shaped(*layers, shape=(28, 28, 1)):
+    return keras.Sequential([keras.Input(shape), *layers])
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +32,38 @@ def dataset():
 
 @pytest.fixture(scope="module")
 def network(dataset):
-    model = models.two_conv(dataset.x_train.shape[1:], 10)
-    training.fit(model, dataset.x_train, dataset.y_train, epochs=6, batch_size=50)
+    keras.utils.set_random_seed(0)
+    model = shaped(keras.layers.Flatten(), keras.layers.Dense(32, activation="relu"), keras.layers.Dense(10))
+    training.fit(model, dataset.x_train, dataset.y_train, epochs=20, batch_size=50)
     return model
+
+
+@pytest.fixture(scope="module")
+def saved(network, tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "net.keras"
+    network.save(path)
+    return path
+
+
+def shorten(patched):
+    """Make the standard set and the checks short."""
+    whole = arena.judge
+    patched.setattr(standard, "STANDARD", FEW)
+    patched.setattr(arena, "judge", lambda *images, **options: whole(
+        *images, steps=6, queries=20, examined=2, **options))
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """The standard set, short."""
-    monkeypatch.setattr(standard, "STANDARD", FEW)
+    shorten(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def plain(network, dataset):
+    """The bare network's entry, which tests of the page share."""
+    with pytest.MonkeyPatch.context() as patched:
+        shorten(patched)
+        return arena.examine(network, dataset, THREAT, name="plain", images=8)
 
 
 def written(folder, text):
@@ -45,11 +76,19 @@ def raised(entry):
     return set(entry.report.flags["check"][~entry.report.flags["passed"]])
 
 
+def command(*arguments, folder):
+    """The command `arena` on digits, 8 images, with what it makes in `folder`."""
+    return CliRunner(env={"HELPERS_OUTPUT": str(folder)}).invoke(
+        cli.main, ["arena", *map(str, arguments), "--data", "digits", "--images", "8"])
+
+
+# ── What a file may hold ──
+
+
 @pytest.mark.parametrize(("text", "message"), [
     ("x = 1", "no function `defence`"),
     ("def defence():\n    return 1 / 0", "line 2: ZeroDivisionError"),
     ("import nothing_of_that_name", "ModuleNotFoundError"),
-    ("def defence():\n    return 7", "expected a Keras network"),
     ("def defence(:", "SyntaxError"),
 ])
 def test_a_file_that_holds_no_defence_is_named_with_the_reason(tmp_path, text, message):
@@ -66,76 +105,307 @@ def test_other_files_and_damaged_networks_are_refused(tmp_path):
             arena.opened(tmp_path / name)
 
 
-def test_a_saved_network_is_opened(tmp_path, network, dataset):
-    network.save(tmp_path / "mine.keras")
-    found = arena.opened(tmp_path / "mine.keras")
+def test_a_saved_network_is_opened(saved, network, dataset):
+    found = arena.brought(arena.opened(saved), dataset.x_test)
     np.testing.assert_allclose(found(dataset.x_test[:2]).logits, network(dataset.x_test[:2], training=False), atol=1e-5)
 
 
+def test_a_saved_network_that_is_random_says_so_by_an_option(tmp_path, dataset):
+    noise = keras.Sequential([keras.Input((28, 28, 1)), keras.layers.Flatten(), keras.layers.Dense(10)])
+    noise.save(tmp_path / "net.keras")
+    assert models.randomised(arena.opened(tmp_path / "net.keras", randomised=True))
+    assert not models.randomised(arena.opened(tmp_path / "net.keras"))
+
+
+# ── Bad input: a clear sentence ──
+
+
 @pytest.mark.parametrize(("build", "message"), [
-    (lambda network: keras.Sequential([network, keras.layers.Softmax()]), "probabilities"),
-    (lambda network: keras.Sequential([keras.Input((1, 28, 28)), keras.layers.Flatten(), keras.layers.Dense(10)]),
-     "channels first"),
-    (lambda network: keras.Sequential([network, keras.layers.Dense(3)]), "3 classes"),
-    (lambda network: keras.Sequential([network, keras.layers.Rescaling(np.nan)]), "NaN"),
+    (lambda net: 7, "expected a Keras network"),
+    (lambda net: shaped(net, keras.layers.Softmax()), "probabilities.*give the logarithm"),
+    (lambda net: lambda x: tf.nn.softmax(net(x, training=False)), "probabilities"),
+    (lambda net: shaped(keras.layers.Flatten(), keras.layers.Dense(10), shape=(1, 28, 28)), "channels first"),
+    (lambda net: lambda x: net(x[:, 0], training=False), r"raises on images of shape \(8, 28, 28, 1\).*channels last"),
+    (lambda net: shaped(keras.layers.Flatten(), keras.layers.Dense(10), shape=(32, 32, 1)), "28, 28, 1.*32, 32, 1"),
+    (lambda net: shaped(net, keras.layers.Dense(3)), "3 classes; expected 10"),
+    (lambda net: shaped(net, keras.layers.Rescaling(np.nan)), "NaN"),
+    (lambda net: lambda x: net(x, training=False) * np.nan, "NaN"),
+    (lambda net: lambda x: tf.argmax(net(x, training=False), axis=1), r"expected logits of shape \(n, classes\)"),
+    (lambda net: lambda x: 1 / 0, "it raises on images .*ZeroDivisionError"),
+    (lambda net: lambda x: net(x + tf.random.normal(tf.shape(x)), training=False), "differently.*randomised = True"),
+    (lambda net: lambda x: Outputs(net(x, training=False), tf.zeros(len(x))), "has no `paths"),
 ])
-def test_networks_that_answer_otherwise_than_expected_are_refused(network, dataset, build, message):
-    with pytest.raises(arena.ArenaError, match=message):
-        arena.examine(build(network), dataset, THREAT, images=8)
+def test_what_does_not_answer_as_expected_is_refused_in_words(network, dataset, build, message):
+    with pytest.raises(arena.ArenaError, match=f"^mine: .*{message}"):
+        arena.examine(build(network), dataset, THREAT, name="mine", images=8)
 
 
-def test_undeclared_randomness_is_refused(network, dataset):
-    def noisy(x):
-        return network(x + tf.random.normal(tf.shape(x)), training=False)
-
-    noisy.randomised = False
-    with pytest.raises(arena.ArenaError, match="differently"):
-        arena.examine(noisy, dataset, THREAT, images=8)
-
-
-class RefusesAll:
-    """What is left of it is all, and worth nothing."""
+class Own:
+    """Three members around a network; what is wrong with it is said by the test."""
 
     randomised = False
 
-    def __init__(self, network):
-        self.network = Network(network)
+    def __init__(self, network, refusal=lambda x: -tf.ones_like(x[:, 0, 0, 0]), ways=None):
+        self.network, self.refusal, self.ways = Network(network), refusal, ways
 
     def __call__(self, x):
-        logits = self.network(x).logits
-        return Outputs(logits, tf.ones_like(logits[:, 0]))
+        return Outputs(self.network(x).logits, self.refusal(x))
 
     def paths(self, seed=0):
-        return {"exact": Path(self)}
+        return {"exact": Path(self)} if self.ways is None else self.ways()
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"refusal": lambda x: x[:, 0, 0]}, "refusal has shape"),
+    ({"refusal": lambda x: np.nan * x[:, 0, 0, 0]}, "NaN"),
+    ({"refusal": lambda x: tf.random.normal(tf.shape(x)[:1])}, "differently"),
+    ({"ways": dict}, "paths.. of the defence gives {}"),
+    ({"ways": lambda: {"exact": 3}}, "name -> Path"),
+    ({"ways": lambda: 1 / 0}, "ZeroDivisionError"),
+])
+def test_members_that_do_not_answer_as_expected_are_refused_in_words(network, dataset, options, message):
+    with pytest.raises(arena.ArenaError, match=f"^mine: .*{message}"):
+        arena.examine(Own(network, **options), dataset, THREAT, name="mine", images=8)
+
+
+def test_undeclared_randomness_of_a_network_is_refused(network, dataset):
+    class Noise(keras.layers.Layer):
+        def call(self, x):
+            return x + tf.random.normal(tf.shape(x))
+
+    with pytest.raises(arena.ArenaError, match="differently"):
+        arena.examine(shaped(Noise(), network), dataset, THREAT, images=8)
+
+
+def test_nan_that_only_an_attack_meets_is_said(quick, network, dataset):
+    def brittle(x):
+        return network(x, training=False) / tf.where(tf.reduce_all(tf.abs(x * 255 - tf.round(x * 255)) < 1e-3),
+                                                         1.0, np.nan)
+
+    with pytest.raises(arena.ArenaError, match="mine: while it was attacked: .*(NaN|not finite)"):
+        arena.examine(brittle, dataset, THREAT, name="mine", images=8)
+
+
+def test_more_images_than_there_are_is_said(network, dataset):
+    with pytest.raises(arena.ArenaError, match="images: got 21, expected 1 to 20, which digits has"):
+        arena.examine(network, dataset, THREAT, images=21)
+
+
+def test_a_gradient_that_is_not_finite_is_said_with_what_to_try(quick, network, dataset):
+    def rooted(x):
+        return network(x, training=False) + tf.sqrt(tf.nn.relu(x[:, :1, 0, 0] - 2))
+
+    with pytest.raises(arena.ArenaError, match="mine: while it was attacked: .*not finite.*add a little"):
+        arena.examine(rooted, dataset, THREAT, name="mine", images=8)
+
+
+# ── Bad input: a flag ──
 
 
 def test_a_defence_that_refuses_everything_is_not_sound(quick, network, dataset):
-    entry = arena.examine(RefusesAll(network), dataset, THREAT, images=10)
+    entry = arena.examine(Own(network, lambda x: tf.ones_like(x[:, 0, 0, 0])), dataset, THREAT, images=8)
     assert entry.report.left == 1
     assert "clean images refused" in raised(entry)
 
 
-def test_a_masked_network_is_found_out_and_the_page_says_what_to_try(quick, network, dataset, tmp_path):
-    def masked(x):
-        return 1000 * network(x, training=False)
+def constant(x):
+    return tf.zeros_like(x[:, :10, 0, 0]) + 5 * tf.eye(10)[3]
 
-    masked.randomised = False
-    entry = arena.examine(masked, dataset, THREAT, name="masked", images=10)
+
+constant.randomised = False
+
+
+def test_a_defence_without_features_cannot_be_tested_and_is_not_sound(quick, dataset):
+    assert arena.NO_READOUT in raised(arena.examine(constant, dataset, THREAT, images=8))
+
+
+def test_a_defence_that_guesses_is_not_sound():
+    x, y = arena.chosen(data.load("digits"), 200)
+    rows = arena._own(Network(constant), x, y, answers(constant, x), evaluation.outcomes(constant, x, y))
+    assert [row["check"] for row in rows if not row["passed"]] == ["clean images right"]
+
+
+def test_weights_that_change_by_being_asked_are_found_out(quick, network, dataset):
+    drift = tf.Variable(tf.zeros(10))
+
+    def changing(x):
+        drift.assign_add(tf.eye(10)[0] * 1e-4)
+        return network(x, training=False) + drift
+
+    entry = arena.examine(changing, dataset, THREAT, images=8)
+    assert "answers after the evaluation as before it" in raised(entry)
+
+
+def test_answers_that_hang_on_the_other_images_are_found_out(quick, network, dataset):
+    def crowd(x):
+        return network(x - tf.reduce_mean(x, axis=0) + 0.1, training=False)
+
+    assert "answers to an image alone as among others" in raised(arena.examine(crowd, dataset, THREAT, images=8))
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_a_function_of_arrays_has_no_gradient_and_says_so(quick, dataset, declared):
+    dense = [weights.numpy() for weights in shaped(keras.layers.Flatten(), keras.layers.Dense(10)).weights]
+
+    def arrays(x):
+        return np.asarray(x).reshape(len(x), -1) @ dense[0] + dense[1]
+
+    if declared:
+        arrays.randomised = False
+    entry = arena.examine(arrays, dataset, THREAT, images=8)
+    assert any(check.startswith("images with a gradient") for check in raised(entry))
+
+
+# ── Held-out defences, which no helper knows: found out, or beaten ──
+
+NETWORK = "import keras\nimport numpy as np\nimport tensorflow as tf\nnet = keras.saving.load_model({path!r})\n"
+HELD_OUT = {
+    "masked": "def defence():\n    return lambda x: 1000 * net(x, training=False)\n",
+    "few levels": "def defence():\n    return lambda x: net(tf.round(3 * x) / 3, training=False)\n",
+    "resize": """
+def defence():
+    def resized(x):
+        side = int(np.random.randint(24, 33))
+        return net(tf.image.resize_with_crop_or_pad(tf.image.resize(x, (side, side)), 28, 28), training=False)
+    resized.randomised = True
+    return resized
+""",
+    "neighbours": """
+from sklearn.neighbors import KNeighborsClassifier
+from helpers import closeness, data
+def defence():
+    d = data.load("digits").take(300, 20)
+    knn = KNeighborsClassifier(5).fit(closeness.activations(net, d.x_train), d.y_train)
+    def votes(x):
+        return np.log(knn.predict_proba(closeness.activations(net, np.asarray(x))) + 1e-3)
+    return votes
+""",
+    "ensemble": """
+from helpers.defence import Outputs, Path
+class Agree:
+    randomised = False
+    def __call__(self, x):
+        each = tf.stack([net(turned, training=False) for turned in (x, tf.roll(x, 1, 1), tf.roll(x, 1, 2))])
+        apart = tf.reduce_max(tf.math.reduce_variance(tf.nn.softmax(each), axis=0), axis=1)
+        return Outputs(tf.reduce_mean(each, axis=0), apart - 0.06)
+    def paths(self, seed=0):
+        return {"exact": Path(self)}
+def defence():
+    return Agree()
+""",
+}
+
+
+@pytest.mark.parametrize("name", HELD_OUT)
+def test_a_held_out_defence_gets_a_sound_verdict_or_a_raised_flag(quick, saved, tmp_path, name):
+    done = command(written(tmp_path, NETWORK.format(path=str(saved)) + HELD_OUT[name]), folder=tmp_path)
+    assert done.exit_code == 0, done.output
+    told = json.loads((tmp_path / "arena/mine.json").read_text())
+    flags = {flag["check"] for flag in told["flags"] if not flag["passed"]}
+    assert all(f"RAISED {check}" in done.output for check in flags)
+    assert (report.UNTESTED in done.output) == (name in ("resize", "neighbours"))
+    if name in ("masked", "few levels", "neighbours"):  # no gradient that an attack could follow: never a clean bill
+        assert any("gradient" in check for check in flags) and "NOT SOUND" in done.output
+    else:  # a real gradient: at this radius the network behind it keeps little, and neither does the defence
+        assert told["left"] < 0.7 * (1 - told["clean"]["evaded"]) or flags
+
+
+# ── What is told ──
+
+
+def test_every_flag_has_its_question_and_its_advice(plain):
+    checks = [*plain.report.flags["check"], arena.NO_READOUT, arena.NO_INDICATORS, "images with the same answer twice",
+              "answers after the evaluation: images right before less after", "white box less transfer",
+              "the whole set less PGD"]
+    assert all(report.asks(check).endswith("?") and report.advice(check).endswith(".") for check in checks)
+
+
+class Tags(HTMLParser):
+    """What a page holds: its tags with their attributes."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+
+def test_the_page_needs_nothing_else_and_can_be_read_without_eyes(plain, tmp_path):
+    told, page = report.write(plain, tmp_path, "It stands nowhere.")
+    text, summary = page.read_text(), json.loads(told.read_text())
+    tags = Tags(text).found
+    assert ("html", {"lang": "en"}) in tags and [tag for tag, _ in tags].count("h1") == 1
+    assert all(about["alt"] and about["src"].startswith("data:") for tag, about in tags if tag == "img")
+    assert all(about.get("scope") in ("row", "col") for tag, about in tags if tag == "th")
+    assert "://" not in text and "<script" not in text and "It stands nowhere." in text
+    assert f"<strong>{100 * summary['left']:.1f} %</strong>" in text
+    assert all(flag["check"].split(":")[0] in text for flag in summary["flags"])
+    assert summary["left_low"] <= summary["left"] <= summary["left_high"] and summary["images"] == 8
+
+
+def test_pages_and_lines_say_what_was_raised_and_what_to_try(quick, network, dataset, tmp_path):
+    entry = arena.examine(lambda x: 1000 * network(x, training=False), dataset, THREAT, name="masked", images=8)
     assert any("gradient of the cross-entropy" in check for check in raised(entry))
-    told, page = arena.write(entry, tmp_path)
-    summary = json.loads(told.read_text())
-    assert not summary["sound"] and summary["left"] == entry.report.left
-    assert summary["left_low"] <= summary["left"] <= summary["left_high"]
-    text = page.read_text()
-    assert "Not sound" in text and "saturates" in text and "http" not in text.replace("<!doctype html>", "")
+    text, lines = report.write(entry, tmp_path)[1].read_text(), "\n".join(report.lines(entry))
+    assert "Not sound" in text and "What to try" in text and "saturates" in text
+    assert "NOT SOUND" in lines and "saturates" in lines
 
 
-def test_every_flag_has_its_advice(quick, network, dataset):
-    entry = arena.examine(network, dataset, THREAT, images=10)
-    assert all(arena.advice(check) for check in entry.report.flags["check"])
+def test_the_worked_example_is_short_and_goes_through_the_command(quick, tmp_path):
+    assert len(EXAMPLE.read_text().splitlines()) <= 40
+    done = command(EXAMPLE, folder=tmp_path)
+    assert done.exit_code == 0, done.output
+    told = json.loads((tmp_path / "arena/my_defence.json").read_text())
+    assert told["clean"]["correct"] > 0.5 and {"unaware", "exact"} <= {row["path"] for row in told["attacks"]}
+    assert re.search(r"\d% of 8 images are left .* on digits at linf, eps 0\.1", done.output)
+    assert (tmp_path / "arena/my_defence.html").exists() and "board" in done.output
 
 
 def test_the_command_ends_with_one_line_where_the_file_holds_no_defence(tmp_path):
-    done = CliRunner().invoke(cli.main, ["arena", str(written(tmp_path, "x = 1"))])
+    done = command(written(tmp_path, "x = 1"), folder=tmp_path)
     assert done.exit_code == 1
     assert done.output.startswith("Error: ") and len(done.output.splitlines()) == 1
+
+
+# ── The board ──
+
+ROW = {"defence": "none", "chapter": "02_mixed_batch_adversarial_training", "data": "digits", "norm": "linf",
+       "eps": 0.1, "images": 8, "clean": 1.0, "refused": 0.0, "ignored": 0.6, "left": 0.5, "left_low": 0.2,
+       "left_high": 0.8, "certified": None, "sound": True, "raised": "", "parameters": 10, "milliseconds": 0.1,
+       "training": 1.0}
+
+
+def rows(*left, **other):
+    return [ROW | {"defence": f"d{i}", "left": share, "left_low": 0.0, "left_high": 1.0} | other
+            for i, share in enumerate(left)]
+
+
+@pytest.mark.parametrize(("given", "told", "sentence"), [
+    ([], {}, "no record yet"),
+    (rows(0.9, 0.2), {}, r"at place 2 of 3: below d0 \(90.0%\) and above d1 \(20.0%\)"),
+    (rows(0.2), {}, r"at place 1 of 2: above d0"),
+    (rows(0.9), {}, r"at place 2 of 2: below d0"),
+    (rows(0.9, sound=False), {}, "at place 1 of 1: alone"),
+    (rows(0.9, 0.2), {"sound": False}, "below the 2 sound defences.*more than its 50.0% is left of 1"),
+    (rows(0.9, eps=0.3), {}, "no rows for digits at L∞, ε = 0.1; it has digits at L∞, ε = 0.3"),
+])
+def test_a_defence_is_given_its_place(given, told, sentence):
+    found = board.place({"data": "digits", "norm": "linf", "eps": 0.1, "left": 0.5, "sound": True} | told, given)
+    assert re.search(sentence, found)
+
+
+def test_unsound_rows_stand_below_the_others():
+    class Kept:
+        tables = {"board": rows(0.5, 0.9) + rows(0.95, sound=False) + rows(0.1, norm="l2", eps=1.5)}
+
+    assert [row["left"] for row in board.rows(Kept)] == [0.9, 0.5, 0.95, 0.1] and board.rows(None) == []
+
+
+@pytest.mark.parametrize("given", [[], rows(0.5, 0.9) + rows(0.95, 0.1, norm="l2", eps=1.5, sound=False)])
+def test_the_figure_has_a_panel_for_each_threat(given):
+    drawn = board.figure(given)
+    assert len(drawn.axes) == (2 if given else 1)
+    labels = [label.get_text() for label in drawn.axes[0].get_yticklabels()]
+    assert labels == (["d0 †", "d1 †"] if given else [])
