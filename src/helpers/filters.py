@@ -73,13 +73,18 @@ def _windows(x, size):
 
 
 def total_variation(x, weight):
-    """Images near `x` with less total variation: `TV_STEPS` steps of Chambolle's iteration (2004), as in scikit-image.
+    """Images near `x` with less total variation: `TV_STEPS` steps of `chambolle`, in [0, 1].
 
     weight : of the total variation; larger is flatter. Its gradient is that of the steps.
     """
+    return tf.clip_by_value(chambolle(x, weight, TV_STEPS), 0, 1)
+
+
+def chambolle(x, weight, steps):
+    """`steps` of Chambolle's iteration (2004) for total variation, as in scikit-image; may leave [0, 1] by rounding."""
     p_down, p_right = tf.zeros_like(x), tf.zeros_like(x)
     out = x
-    for step in range(TV_STEPS):
+    for step in range(steps):
         if step:
             out = x + _divergence(p_down, p_right)
         down = tf.pad(out[:, 1:] - out[:, :-1], ((0, 0), (0, 1), (0, 0), (0, 0)))
@@ -87,7 +92,7 @@ def total_variation(x, weight):
         length = tf.sqrt(down**2 + right**2 + 1e-12)  # the root has no derivative at 0
         p_down, p_right = ((p - 0.25 * g) / (1 + 0.25 / weight * length)
                            for p, g in ((p_down, down), (p_right, right)))
-    return tf.clip_by_value(x + _divergence(p_down, p_right), 0, 1)
+    return x + _divergence(p_down, p_right)
 
 
 def _divergence(p_down, p_right):

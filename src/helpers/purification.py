@@ -11,6 +11,7 @@ from skimage.restoration import denoise_tv_chambolle
 from helpers import training
 from helpers.checks import check_images, check_labels, check_positive, known
 from helpers.defence import Behind, Outputs, Path, as_defence, check_defence
+from helpers.filters import chambolle
 from helpers.losses import cross_entropy
 from helpers.models import as_float64, inference, predict
 
@@ -96,25 +97,11 @@ class TotalVariation:
 
     def unrolled(self, x, steps=30):
         """The first `steps` steps of the same iteration, written out: differentiable, and near enough to attack by."""
-        p = (tf.zeros_like(x), tf.zeros_like(x))
-        for _ in range(steps):
-            change = sum(tf.pad(part[:, :-1] if axis == 1 else part[:, :, :-1], _behind(axis, first=True)) - part
-                         for axis, part in zip((1, 2), p, strict=True))
-            out = x + change
-            slopes = (tf.pad(out[:, 1:] - out[:, :-1], _behind(1)), tf.pad(out[:, :, 1:] - out[:, :, :-1], _behind(2)))
-            length = tf.sqrt(slopes[0] ** 2 + slopes[1] ** 2 + 1e-12)
-            p = tuple((part - 0.25 * slope) / (1 + 0.25 / self.weight * length)
-                      for part, slope in zip(p, slopes, strict=True))
-        return out
+        return chambolle(x, self.weight, steps - 1)  # scikit-image counts the image itself as the first
 
     def _denoise(self, x):
         cleaned = [denoise_tv_chambolle(image, self.weight, channel_axis=-1) for image in x]
         return np.clip(np.stack(cleaned), 0, 1).astype("float32")  # a black background comes out at -6e-9
-
-
-def _behind(axis, first=False):
-    """Padding of one pixel behind (or before the first) of an axis of images (n, h, w, c)."""
-    return [((1, 0) if first else (0, 1)) if i == axis else (0, 0) for i in range(4)]
 
 
 def composite_loss(purified, clean, logits, y, weight):
