@@ -7,6 +7,7 @@ import jinja2
 import numpy as np
 
 from helpers import evaluation, figures, files
+from helpers.board import NORMS
 
 MEANING = {  # start of a flag's name: what it asks, and what to try where it is raised
     "images with the same answer": (
@@ -88,7 +89,6 @@ MEANING = {  # start of a flag's name: what it asks, and what to try where it is
     "indicator: unconstrained": (
         "Does the attack win where every valid image is allowed?", "It cannot follow the gradient on its path."),
 }
-NORMS = {"linf": "L∞", "l2": "L2"}
 
 
 def asks(check):
