@@ -27,7 +27,7 @@ from helpers.book import Book, BookError
 from helpers.files import atomic
 from helpers.records import Record
 from helpers.tracing import changed
-from helpers.units import kept, versions
+from helpers.units import PACKAGES, kept, versions
 
 # Processor seconds of a chapter, for each core of the machine. Time on the clock would measure its other work as well.
 LIMITS = {"smoke": 600, "quick": 2400, "paper": 24 * 3600}
@@ -85,12 +85,13 @@ def cost(book: Book, chapter: str) -> dict[str, dict]:
     Each has the number of `units` kept, how many run `again`, their `seconds`, and the code that is another today:
     names of helpers, and of the notebook. A unit whose function has changed runs again whatever its arguments.
     """
-    source = book.code(chapter)
-    found = {}
+    source, today, known, found = book.code(chapter), versions(*PACKAGES), {}, {}
     for unit in kept(book.output / "units" / chapter):
         row = found.setdefault(unit["function"], {"units": 0, "again": 0, "seconds": 0.0, "changed": set()})
-        why = changed(unit["code"], source) if unit["code"] else ["(kept by an earlier layout)"]
-        why += [package for package, version in unit["versions"].items() if versions(package)[package] != version]
+        code = tuple(unit["code"].items())  # the same for all units of a run of one function
+        if code not in known:
+            known[code] = changed(unit["code"], source) if code else ["(kept by an earlier layout)"]
+        why = known[code] + [package for package, version in unit["versions"].items() if today[package] != version]
         row["units"], row["changed"] = row["units"] + 1, row["changed"] | set(why)
         if why:
             row["again"], row["seconds"] = row["again"] + 1, row["seconds"] + unit["seconds"]
