@@ -198,9 +198,10 @@ def forward(model, x):
     """
     def build():
         _check_steady(model, tf.constant(x[:2]))
-        return tf.function(inference(model), reduce_retracing=True)
+        return tf.function(inference(model), input_signature=[tf.TensorSpec((None, *x.shape[1:]), x.dtype)])
 
-    return inference(model) if randomised(model) else graph_of(model, "forward", build)
+    key = "forward", tuple(x.shape[1:]), x.dtype  # one graph for batches of all sizes
+    return inference(model) if randomised(model) else graph_of(model, key, build)
 
 
 def _check_steady(model, x, calls=3):
