@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -137,8 +138,12 @@ def _loaded() -> list[str]:
 def claims(path: str | Path | None = None) -> dict[str, Claim]:
     """Return the papers' claims by id, from `path` or the book's claims.yml."""
     path = path or next(filter(Path.exists, (_PACKAGE / "claims.yml", _PACKAGE.parents[1] / "book/claims.yml")))
-    found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["claims"]
-    return {claim["id"]: Claim.model_validate(claim) for claim in found}
+    return dict(_claims(Path(path).read_text(encoding="utf-8")))
+
+
+@lru_cache(1)  # a record asks for them at every claim and flag, and to read the text takes a tenth of a second
+def _claims(text):
+    return {claim["id"]: Claim.model_validate(claim) for claim in yaml.safe_load(text)["claims"]}
 
 
 def compare(outcomes: Mapping[str, Outcome | None], raised: Mapping[str, Iterable["Flag"]] | None = None):
