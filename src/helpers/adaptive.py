@@ -14,14 +14,14 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from helpers import attacks, data, evaluation, models, rejection
-from helpers.checks import check_images, check_labels, check_positive
+from helpers.checks import check_images, check_positive
 from helpers.closeness import squared_distances
 from helpers.defence import Path, answers
-from helpers.losses import wrong
+from helpers.losses import wrong, wrong_classes
 from helpers.models import graph_of, traced
 from helpers.rejection import margin
 from helpers.search import Found, input_gradient, opened
-from helpers.threat import ThreatModel, projection
+from helpers.threat import ThreatModel, along, projection
 
 
 class Dense(NamedTuple):
@@ -87,7 +87,7 @@ def strong(
     there so that `evaluation` and `standard` can call it as they call others.
     """
     aim, y, found = opened(defence, x, y, threat, goal=margin, batch_size=batch_size, steps=steps, restarts=restarts)
-    soft, order = defence.smoothed(width), _wrong_classes(defence.network, x, y)
+    soft, order = defence.smoothed(width), wrong_classes(answers(defence.network, x).logits, y)
     path = None if density is None else dense(defence, density, weight)
     losses = (margin,) if path is None else path.losses
     found.value[:] = aim.values(x, y)
@@ -99,7 +99,7 @@ def strong(
         if restart == 1:
             start = nearest_starts(defence, x[left], y[left], threat, x_train, y_train)
         else:
-            target = order[left, max(0, restart - 1) % (order.shape[1] - 1)]
+            target = order[left, max(0, restart - 1) % order.shape[1]]
             start = attacks.pgd(defence.network, x[left], y[left], threat, losses=("margin",), target=target,
                                 **options).images
         aim.offer(found, start, y, left)
@@ -114,13 +114,6 @@ def strong(
             found.offer(part.images, part.value, left)
             found.steps[left] += steps
     return found
-
-
-def _wrong_classes(defence, x, y):
-    """Classes (n, classes) of images `x`, from the most to the least probable for `defence`; the true ones `y` last."""
-    z = np.array(answers(defence, x).logits)
-    z[np.arange(len(x)), check_labels(y, *z.shape)] = -np.inf
-    return np.argsort(-z, axis=1, kind="stable")
 
 
 def nearest_starts(defence, x, y, threat, x_train, y_train, candidates=5):
@@ -172,8 +165,8 @@ def algorithm_1(
     """
     aim, y, found = opened(defence, x, y, threat, batch_size=batch_size, step_size=step_size, steps=steps,
                            tolerance=tolerance)
-    order, tolerance = _wrong_classes(defence, x, y), -1.0 if tolerance is None else tolerance
-    signs = 2.0 * (np.arange(order.shape[1]) == order[:, :1]) - 1
+    logits, tolerance = answers(defence, x).logits, -1.0 if tolerance is None else tolerance
+    signs = 2.0 * (np.arange(logits.shape[1]) == wrong_classes(logits, y)[:, :1]) - 1
     settings = x.shape[1:], threat.norm, threat.bounds
     step = graph_of(aim.defence, ("hinge", *settings), partial(_hinge_step, aim.defence, platt, *settings))
     current, last = threat.random_start(x, seed), np.full(len(x), np.inf)
@@ -222,20 +215,10 @@ def by_eps(defence, x, y, grid, attack, carry=False):
 def noise(defence, x, y, threat, seed=0):
     """`Found` of noise whose length is eps after clipping, where the bounds leave room for it; nobody climbs."""
     direction = np.random.default_rng(seed).standard_normal(x.shape)
-    direction /= np.linalg.norm(direction.reshape(len(x), -1), axis=1).reshape(-1, 1, 1, 1)
-    low, high = np.zeros(len(x)), np.full(len(x), 100 * max(threat.eps, 1.0))
-    for _ in range(40):
-        middle = (low + high) / 2
-        fits = threat.distance(_moved(x, direction, middle, threat), x) <= threat.eps
-        low, high = np.where(fits, middle, low), np.where(fits, high, middle)
     aim, y, found = opened(defence, x, y, threat)
-    found.images[:] = _moved(x, direction, low, threat)
+    found.images[:] = along(x, direction, threat.eps, threat.norm, threat.bounds)
     found.value[:] = aim.values(found.images, y)
     return found
-
-
-def _moved(x, direction, length, threat):
-    return np.clip(x + length.reshape(-1, 1, 1, 1) * direction, *threat.bounds).astype("float32")
 
 
 @lru_cache(1)

@@ -16,9 +16,10 @@ from sklearn.preprocessing import StandardScaler
 
 from helpers import attacks, closeness, uncertainty
 from helpers.defence import Network, Outputs, Path, as_defence
-from helpers.losses import evasion, margin
+from helpers.losses import evasion, margin, wrong_classes
 from helpers.models import graph_of, inference, predict
 from helpers.search import Found
+from helpers.threat import along
 
 FEATURES = (*uncertainty.METRICS, "KDE", "KL")
 
@@ -40,21 +41,10 @@ def features(model, x, near, *, draws=50, seed=0):
 def noisy(x, x_adv, seed=0):
     """Images `x` with Gaussian noise as long (L2) as each one's adversarial change *after* it is clipped to [0, 1].
 
-    Clipping shortens, so the noise is stretched until what is left of it has the length; where no noise in that
-    direction is so long, it is as long as it can be.
+    Where no noise in that direction is so long, it is as long as it can be.
     """
     wanted = np.linalg.norm((x_adv - x).reshape(len(x), -1), axis=1)
-    direction = np.random.default_rng(seed).standard_normal(x.shape).astype("float32")
-    low, high = np.zeros(len(x)), np.full(len(x), 1e4)
-
-    def stretched(factor):
-        return np.clip(x + factor.astype("float32").reshape(-1, 1, 1, 1) * direction, 0, 1)
-
-    for _ in range(50):
-        middle = (low + high) / 2
-        short = np.linalg.norm((stretched(middle) - x).reshape(len(x), -1), axis=1) < wanted
-        low, high = np.where(short, middle, low), np.where(short, high, middle)
-    return stretched(low)
+    return along(x, np.random.default_rng(seed).standard_normal(x.shape), wanted, "l2")
 
 
 class Area(NamedTuple):
@@ -197,9 +187,9 @@ def informed(defence, x, y, threat, *, weights=(Weighed(1.0, 10.0), Weighed(0.1,
     is deployed, by the median of its draws, leave. Gives back `Found` by `evasion`.
     """
     logits = predict(as_defence(defence), x, batch_size).logits
-    order = np.argsort(np.where(np.eye(logits.shape[1])[y] > 0, -np.inf, logits), axis=1)[:, ::-1]
+    order = wrong_classes(logits, y)
     found = Found(x.copy(), np.full(len(x), -np.inf, "float32"), np.zeros(len(x), int))
-    for k in range(min(targets, logits.shape[1] - 1)):
+    for k in range(min(targets, order.shape[1])):
         at = (start if start is not None else x).copy()
         for loss in weights:
             left = found.left()

@@ -88,3 +88,10 @@ def wrong(logits, y):
 
 LOSSES = {"cross-entropy": cross_entropy, "margin": margin, "logit": minus_logit, "log-odds": log_odds, "dlr": dlr}
 TARGETED = {"targeted margin": targeted_margin, "targeted dlr": targeted_dlr}
+
+
+def wrong_classes(logits, y):
+    """The wrong classes of each image, (n, classes - 1), from the one with the largest of `logits` to the smallest."""
+    logits = np.array(logits)
+    logits[np.arange(len(y)), y] = np.inf
+    return np.argsort(-logits, axis=1, kind="stable")[:, 1:]

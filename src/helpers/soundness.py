@@ -18,7 +18,7 @@ from helpers.defence import Outputs, Path, as_defence, check_defence, way
 from helpers.losses import evasion
 from helpers.models import inference, part, predict, randomised
 from helpers.search import single
-from helpers.threat import diameter
+from helpers.threat import along, diameter
 
 # ── The binarization test ──
 
@@ -124,12 +124,7 @@ def _points(image, threat, n, rng):
     within = replace(threat, eps=0.95 * threat.eps).random_start(many, rng.integers(2**31))
     within[0] = image[0]
     noise = rng.standard_normal(image.shape) if threat.norm == "l2" else rng.uniform(-1, 1, image.shape)
-    low, high = 0.0, diameter(image.shape[1:], threat.norm, threat.bounds) / np.abs(noise).max()
-    for _ in range(40):  # clipping shortens the change
-        middle = (low + high) / 2
-        point = np.clip(image + middle * noise, *threat.bounds).astype("float32")
-        low, high = (low, middle) if threat.distance(point, image)[0] > threat.eps else (middle, high)
-    return within, np.clip(image + low * noise, *threat.bounds).astype("float32")
+    return within, along(image, noise, threat.eps, threat.norm, threat.bounds)
 
 
 # ── The indicators of attack failure ──

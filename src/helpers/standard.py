@@ -14,7 +14,7 @@ from tqdm import tqdm
 from helpers.attacks import pgd
 from helpers.checks import known
 from helpers.defence import check_numbers, way
-from helpers.losses import LOSSES, TARGETED, on_outputs
+from helpers.losses import LOSSES, TARGETED, on_outputs, wrong_classes
 from helpers.models import inner_graph, predict, randomised, traced
 from helpers.search import Found, advance, check_finite, direction, input_gradient, opened, select, single
 from helpers.threat import diameter, lengths, onto_plane, projection
@@ -30,10 +30,7 @@ def _begin(aim, x, y, threat, found, start):
 
 
 def _classes(aim, x, y):
-    """The wrong classes of each image, (n, classes - 1), from the one with the largest logit to the smallest."""
-    logits = np.array(predict(aim.path.outputs, x, aim.batch_size).logits)
-    logits[np.arange(len(x)), y] = np.inf
-    return np.argsort(-logits, axis=1, kind="stable")[:, 1:]
+    return wrong_classes(predict(aim.path.outputs, x, aim.batch_size).logits, y)
 
 
 # ── APGD: a step size that follows the progress ──

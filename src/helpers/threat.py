@@ -58,8 +58,7 @@ class ThreatModel:
 
     def distance(self, x_adv, x):
         """Distance of each pair of images in this norm, (n,) float64, from the arrays themselves."""
-        delta = (np.asarray(x_adv, "float64") - np.asarray(x, "float64")).reshape(len(x), -1)
-        return np.abs(delta).max(axis=1) if self.norm == "linf" else np.linalg.norm(delta, axis=1)
+        return _distance(x_adv, x, self.norm)
 
     def contains(self, x_adv, x):
         """Which images are valid and within `eps` of the originals but for rounding in float32, (n,) bool.
@@ -85,6 +84,29 @@ def noise(x, norm, eps, bounds=(0.0, 1.0), seed=0):
         delta = rng.standard_normal(x.shape)
         delta *= _stretch(delta, eps)
     return np.clip(x + delta, *bounds).astype("float32")
+
+
+def along(x, direction, length, norm, bounds=(0.0, 1.0)):
+    """Images `x` (n, h, w, c), each moved along its `direction` until it is `length`, a number or (n,), away; float32.
+
+    The length is that *after* clipping, which shortens: the way there is found by bisection. Where the bounds leave no
+    room for it, it is as long as it can be.
+    """
+    def moved(factor):
+        return np.clip(x + factor.reshape(-1, 1, 1, 1) * direction, *bounds).astype("float32")
+
+    low = np.zeros(len(x))
+    high = 1e4 * (bounds[1] - bounds[0]) / np.abs(direction).reshape(len(x), -1).max(axis=1)
+    for _ in range(60):
+        middle = (low + high) / 2
+        fits = _distance(moved(middle), x, norm) <= length
+        low, high = np.where(fits, middle, low), np.where(fits, high, middle)
+    return moved(low)
+
+
+def _distance(x_adv, x, norm):
+    delta = (np.asarray(x_adv, "float64") - np.asarray(x, "float64")).reshape(len(x), -1)
+    return np.abs(delta).max(axis=1) if norm == "linf" else np.linalg.norm(delta, axis=1)
 
 
 def _stretch(delta, length):
