@@ -57,10 +57,14 @@ class Book:
         choices = {"committed": [committed], "auto": [committed, run], "run": [run, committed]}[self.show]
         return next((pair for pair in choices if all(path.exists() for path in pair)), None)
 
+    def as_written(self, executed: Path, chapter: str) -> bool:
+        """Whether there is such a copy of a chapter, and it has the code that the notebook has today."""
+        return executed.exists() and same_code(nbformat.read(executed, 4), self.source(chapter))
+
     def changed(self, executed: Path, record: Path) -> list[str]:
         """What has changed since a run, in sentences; nothing has: it is fresh."""
         ran = Record.load(record)
-        code, about = same_code(nbformat.read(executed, 4), self.source(ran.chapter)), ran.provenance
+        code, about = self.as_written(executed, ran.chapter), ran.provenance
         computed = about.helpers_sha256 == helpers_sha256(about.helpers)
         same = {"The notebook's code has changed since this run.": code,
                 "Its numbers were computed with earlier helpers.": computed}

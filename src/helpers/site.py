@@ -37,7 +37,7 @@ def publish(book: Book, chapter: str) -> None:
     Raises BookError when the notebook has changed, is too large, or a raised flag is not explained in book/flags.yml.
     """
     (ran, record), (executed, paper) = book.run(chapter), book.committed(chapter)
-    if not same_code(nbformat.read(ran, 4), book.source(chapter)):
+    if not book.as_written(ran, chapter):
         raise BookError(f"{chapter}: the notebook's code has changed since {ran} was run")
     text = nbformat.writes(_page(book, chapter, ran)) + "\n"
     if (size := len(text.encode())) > MAX_BYTES:
@@ -143,19 +143,13 @@ def ledger(book: Book) -> pd.DataFrame:
     frame.insert(2, "Where", [known[name].where for name in frame["Claim"]])
     pages = {name: f"notebooks/{chapters[name[:2]]}.html" for name in known if name[:2] in chapters}
     # A chapter that is still to be run has sections that its page, an older copy, may not have.
-    older = {name for name, record in kept.items() if not _as_it_ran(book, name)}
+    older = {name for name, record in kept.items() if not book.as_written(book.committed(name)[0], name)}
     sections = {name: page if name not in found or chapters[name[:2]] in older else
                 f"{page}#{make_id(known[name].section)}" for name, page in pages.items()}
     frame["Section"] = [sections.get(name, "") for name in frame["Claim"]]
     runs = {record.chapter[:2]: f"{record.created[:10]}, {record.provenance.commit[:10]}" for record in kept.values()}
     frame["Run"] = [runs.get(name[:2], "") if name in found else "" for name in frame["Claim"]]
     return frame
-
-
-def _as_it_ran(book, chapter):
-    """Whether the committed copy of a chapter has today's code."""
-    executed = book.committed(chapter)[0]
-    return executed.exists() and same_code(nbformat.read(executed, 4), book.source(chapter))
 
 
 def _at_a_glance(frame, folder):
