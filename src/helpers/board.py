@@ -9,9 +9,9 @@ from helpers.records import Record
 
 CHAPTER, TABLE = "06_arena", "board"
 COLUMNS = {  # of the table of the record, in the order of the downloads
-    "defence": str, "chapter": str, "data": str, "norm": str, "eps": float, "images": int, "clean": float,
-    "refused": float, "ignored": float, "left": float, "left_low": float, "left_high": float, "certified": float,
-    "sound": bool, "raised": str, "parameters": int, "milliseconds": float, "training": float}
+    "defence": str, "chapter": str, "data": str, "norm": str, "eps": float, "images": int, "attacks": int,
+    "clean": float, "refused": float, "ignored": float, "left": float, "left_low": float, "left_high": float,
+    "certified": float, "sound": bool, "raised": str, "parameters": int, "milliseconds": float, "training": float}
 NORMS = {"linf": "L∞", "l2": "L2"}
 HOME = {  # start of a defence's name: the chapter that explains it
     "NR": "01_deep_neural_rejection", "DNR": "01_deep_neural_rejection", "gaussian": "03_blur_preprocessing",
@@ -44,13 +44,14 @@ def row(name, data, limit, run, *, certified, parameters, training):
 
     limit : (norm, eps). run : what an evaluation found: "clean" and "worst", indices of `evaluation.OUTCOMES` (n,);
     "ignored", which images withstand an attacker who ignores the defence, (n,) bool; "flags", rows of `helpers.flags`,
-    none where it was not examined, and then it is not called sound; "milliseconds" an answer takes.
+    none where it was not examined, and then it is not called sound; "attacks", how many the set has on each path;
+    "milliseconds" an answer takes.
     certified : share, or None. parameters, training : numbers in all its parts, seconds that these took.
     """
     left, why = run["worst"] != 2, raised(run)
     ends = flags.share("left", left, 0.0)
-    values = [name, home(name), data, *limit, len(left), np.mean(run["clean"] == 0), np.mean(run["clean"] == 1),
-              np.mean(run["ignored"]), np.mean(left), ends["low"], ends["high"], certified,
+    values = [name, home(name), data, *limit, len(left), run["attacks"], np.mean(run["clean"] == 0),
+              np.mean(run["clean"] == 1), np.mean(run["ignored"]), np.mean(left), ends["low"], ends["high"], certified,
               bool(run["flags"]) and not why, "; ".join(why) if run["flags"] else "not examined", parameters,
               run["milliseconds"], training]
     return {column: value if value is None else kind(value) for (column, kind), value in zip(

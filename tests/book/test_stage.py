@@ -306,7 +306,7 @@ def test_the_board_lists_the_rows_of_the_arenas_record_unsound_ones_below(tiny):
     assert "There is no record yet" in (folder / "board.md").read_text()
     assert list(pd.read_csv(folder / "downloads/board.csv")) == list(board.COLUMNS)
     empty, found = (folder / "_static/board.png").read_bytes(), Record.start("06_arena", "paper", {})
-    run = {"clean": np.zeros(4), "ignored": np.ones(4, bool), "milliseconds": 1.0}
+    run = {"clean": np.zeros(4), "ignored": np.ones(4, bool), "attacks": 2, "milliseconds": 1.0}
     for worst, passed in (([0, 0, 2, 2], True), ([0, 0, 1, 2], True), ([0, 0, 0, 0], False)):
         flag = {"check": "PGD <does> nothing", "passed": passed}
         row = board.row(f"NR {sum(worst)}", "mnist", ("linf", 0.1), run | {"worst": np.array(worst), "flags": [flag]},

@@ -372,9 +372,9 @@ def test_the_command_ends_with_one_line_where_the_file_holds_no_defence(tmp_path
 # ── The board ──
 
 ROW = {"defence": "none", "chapter": "02_mixed_batch_adversarial_training", "data": "digits", "norm": "linf",
-       "eps": 0.1, "images": 8, "clean": 1.0, "refused": 0.0, "ignored": 0.6, "left": 0.5, "left_low": 0.2,
-       "left_high": 0.8, "certified": None, "sound": True, "raised": "", "parameters": 10, "milliseconds": 0.1,
-       "training": 1.0}
+       "eps": 0.1, "images": 8, "attacks": 6, "clean": 1.0, "refused": 0.0, "ignored": 0.6, "left": 0.5,
+       "left_low": 0.2, "left_high": 0.8, "certified": None, "sound": True, "raised": "",
+       "parameters": 10, "milliseconds": 0.1, "training": 1.0}
 
 
 def rows(*left, **other):
