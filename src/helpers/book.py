@@ -35,8 +35,12 @@ class Book:
         return [name for name in names if name.startswith(prefixes or "")]
 
     def source(self, chapter: str):
-        """The notebook as written, without outputs."""
-        return nbformat.read(self.root / f"notebooks/{chapter}.ipynb", 4)
+        """The notebook as written, without outputs; Colab keeps a cell's id in its metadata."""
+        notebook = nbformat.read(self.root / f"notebooks/{chapter}.ipynb", 4)
+        notebook.nbformat_minor = max(5, notebook.nbformat_minor)
+        for n, cell in enumerate(notebook.cells):
+            cell.setdefault("id", cell.metadata.get("id", f"cell-{n}"))
+        return notebook
 
     def code(self, chapter: str) -> str:
         """The notebook's code as one text, without the set-up cell, whose magic command is no Python."""

@@ -7,6 +7,7 @@ Each is made under another name and then renamed: nothing half written is found 
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -32,6 +33,8 @@ from helpers.units import PACKAGES, kept, versions
 # Processor seconds of a chapter, for each core of the machine. Time on the clock would measure its other work as well.
 LIMITS = {"smoke": 600, "quick": 2400, "paper": 24 * 3600}
 STALLED = 900  # seconds; a chapter at work uses more than a thousandth of a processor, one that sleeps less
+# Without the ^, as nbclient has it, a search takes the square of a line's length, and nothing can interrupt it.
+OVERWRITTEN = re.compile(r"^.*\r(?=[^\n])", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -155,9 +158,11 @@ def _papermill(book, chapter, seed, folder, threads):
     own = ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
     os.environ.update({name: str(book.output / "jupyter") for name in own}, HELPERS_OUTPUT=str(book.output))
     os.environ.update(JUPYTER_PATH="", TF_NUM_INTRAOP_THREADS=str(threads))
+    import nbclient.client
     import papermill  # after its settings: this interpreter's kernel, whatever else the user has installed
     from traitlets.config import Config
 
+    nbclient.client._RGX_CARRIAGERETURN = OVERWRITTEN
     form = {"bar_format": f"{chapter} [{book.profile}]: cell {{n_fmt}} of {{total_fmt}}, {{elapsed_s:.0f}} s"}
     lines = {"file": _Lines(sys.stderr), "mininterval": 0, "miniters": 1, "leave": False}
     papermill.execute_notebook(

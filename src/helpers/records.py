@@ -384,7 +384,8 @@ def _off(value, paper):
 
 def _revision():
     root, git = _PACKAGE.parents[1], shutil.which("git")
-    if git and (root / "book/claims.yml").exists():  # else installed, perhaps in the environment of another project
+    # else installed, perhaps in the environment of another project, or a download unpacked within a repository
+    if git and (root / "book/claims.yml").exists() and (root / ".git").exists():
         command = [git, "--no-optional-locks", "status", "--porcelain=v2", "--branch"]
         made_by = ["src", "notebooks", "book/claims.yml"]
         found = subprocess.run([*command, *made_by], cwd=root, capture_output=True, text=True).stdout.splitlines()

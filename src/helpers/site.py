@@ -87,17 +87,26 @@ def _page(book, chapter, executed):
         page.cells = [nbformat.from_dict({**cell, "metadata": {}}) for cell in written(ran)]
     for cell, done in zip(code_cells(page), code_cells(ran), strict=True):
         outputs = [output for output in done.outputs if output.get("name") != "stderr"]
-        cell.outputs = nbformat.from_dict(json.loads(_without_places(book, json.dumps(outputs))))
+        cell.outputs = nbformat.from_dict(_without_places(book, outputs))
         cell.execution_count = done.execution_count
     return page
 
 
-def _without_places(book, text):
-    """Text without the folders of this machine that stand before its paths."""
+def _without_places(book, told):
+    """Text, or the texts within outputs, without the folders of this machine that stand before its paths."""
     data = os.environ.get("HELPERS_DATA") or sys.prefix
     folders = map(str, [book.root, book.output, data, sys.prefix, Path.home(), tempfile.gettempdir()])
     names = "|".join(re.escape(f"{folder}/") for folder in sorted(folders, key=len, reverse=True))
-    return re.sub(rf"(?<![\w+/])(?:{names})", "", text)
+    places = re.compile(rf"(?<![\w+/])(?:{names})")
+
+    def without(part):
+        if isinstance(part, str):
+            return places.sub("", part)
+        if isinstance(part, dict):
+            return {key: without(value) for key, value in part.items()}
+        return [without(value) for value in part] if isinstance(part, list) else part
+
+    return without(told)
 
 
 def _with_figures(page, folder, chapter):

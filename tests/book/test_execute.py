@@ -19,6 +19,14 @@ from helpers.execution import Failure, execute, failures, status
 from helpers.records import Record
 
 
+def test_a_long_line_is_taken_in_at_once(tiny):
+    book, started = tiny(RECORD, "print('x' * 500_000, end='\\r')\nprint('y' * 500_000)"), time.monotonic()
+    execute(book, book.chapters())
+    assert time.monotonic() - started < 60  # nbclient's own pattern takes minutes, the square of the length
+    (output,) = nbformat.read(book.run("02_tiny")[0], 4).cells[-1].outputs
+    assert output.text == "y" * 500_000 + "\n"
+
+
 def test_a_chapter_leaves_its_notebook_record_and_status(tiny):
     book = tiny(RECORD)
     execute(book, book.chapters())
@@ -270,7 +278,7 @@ def test_without_a_terminal_progress_is_a_line_a_cell(tiny):
     {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"HOME": "/proc"}],
     ids=["no locale", "read-only home"])
 def test_below_an_odd_path_in_an_odd_environment(tiny, variables):
-    book = tiny(RECORD, FIGURE, "print('ε')", folder="a folder with ä and 'quote")
+    book = tiny(RECORD, FIGURE, "print('ε')", folder="a folder with ä, [b] and 'quote")
     commit(book)
     done = command("book", "--show", "run", cwd=book.root, **variables)
     assert done.returncode == 0, done.stderr
