@@ -7,6 +7,7 @@ document.addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll("table.ledger").forEach(makeLedger);
   document.querySelectorAll(".cell_output table").forEach(classify);
   document.querySelectorAll(".eps-slider input").forEach(printLast);
+  document.querySelectorAll(".tag_output_scroll .cell_output").forEach((part) => (part.tabIndex = 0)); // for arrow keys
 });
 
 // Numbers and short names of rows stay in one line. The paper and ours: ids may break after a part.

@@ -29,6 +29,7 @@ from helpers.records import Record, claims, compare
 
 MAX_BYTES = 4_000_000  # of an executed copy in the repository
 MAX_CHARACTERS = 2_000  # of an error on a page
+WIDTH = 0.6  # of a figure on a page, in pixels of its own: wide ones are as small on its 700 pixels
 
 
 def publish(book: Book, chapter: str) -> None:
@@ -109,19 +110,40 @@ def _without_places(book, told):
     return without(told)
 
 
+def _in_one_fold(page):
+    """Put hidden code that shows nothing into the fold of the hidden cell behind it: one fold in a row, not seven."""
+    cells = []
+    for cell in page.cells:
+        if cells and _is_hidden(cells[-1]) and not cells[-1].outputs and _is_hidden(cell):
+            cell.source = f"{cells.pop().source}\n\n\n{cell.source}"
+        cells.append(cell)
+        if "remove-output" in cell.metadata.get("tags", []):
+            cell.outputs = []
+    page.cells = cells
+    return page
+
+
+def _is_hidden(cell):
+    """Whether a reader has to open a cell's code."""
+    return bool({"hide-input", "hide-cell"} & {*cell.metadata.get("tags", [])})
+
+
 def _with_figures(page, folder, chapter):
     """Turn every figure into a MyST figure, with the alternative text and caption that its output brings along.
 
-    The first that is marked as the cover stands under the title as well.
+    Text is of one size in all figures that are not too wide for it. The first that is marked as the cover stands
+    under the title as well.
     """
     cover = None
     for cell in page.cells:
         figures = [output for output in cell.get("outputs", []) if "image/png" in output.get("metadata", {})]
         for label, output in zip([cell.id, *(f"{cell.id}-{n}" for n in range(2, 99))], figures, strict=False):
             about, name = output.metadata["image/png"], f"{chapter}-{label}.png"
-            (folder / name).write_bytes(base64.b64decode(output.data["image/png"]))
+            picture = base64.b64decode(output.data["image/png"])
+            (folder / name).write_bytes(picture)
+            width = round(WIDTH * int.from_bytes(picture[16:20]))  # of a PNG
             alt, at = json.dumps(about["alt"], ensure_ascii=False), f"fig-{chapter[:2]}-{label}"
-            head, caption = f":::{{figure}} {name}\n:alt: {alt}\n", about.get("caption", "")
+            head, caption = f":::{{figure}} {name}\n:alt: {alt}\n:width: {width}px\n", about.get("caption", "")
             output.data = {"text/markdown": f"{head}:name: {at}\n\n{caption}\n:::"}
             if about.get("cover") and not cover:
                 cover = f"{head}\n{caption} [Where it is computed](#{at}).\n:::"
@@ -295,7 +317,8 @@ def _stage_chapter(book, chapter, stage, pages, wrong):
     banners = _banners(book, chapter, changed, wrong if found == book.committed(chapter) else [])
     card = banners + pages.get_template("card.md.jinja").render(facts)
     page.cells.insert(1, nbformat.v4.new_markdown_cell(card, id="card"))
-    nbformat.write(_with_figures(page, stage / "notebooks", chapter), stage / f"notebooks/{chapter}.ipynb")
+    page = _with_figures(_in_one_fold(page), stage / "notebooks", chapter)
+    nbformat.write(page, stage / f"notebooks/{chapter}.ipynb")
     return record
 
 

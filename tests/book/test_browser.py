@@ -19,7 +19,9 @@ from filelock import FileLock
 from PIL import Image
 
 AXE = Path(__file__).parent / "node_modules/axe-core/axe.min.js"
-SIZES = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 360, "height": 740}}
+SIZES = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 360, "height": 740},
+         "wide": {"width": 1300, "height": 900}}
+TALLEST = 25_000  # pixels of a chapter in the wide window; our pages leave 3 % for other fonts
 READY = "() => !window.MathJax || !window.MathJax.startup || window.MathJax.startup.promise.then(() => true)"
 FIGURES = "main figure img, main .cell_output img"
 
@@ -200,6 +202,20 @@ def test_a_remote_request_or_an_error_would_be_seen(folder, visit):
     page, wrong = visit(folder / "book/primer.html")
     page.set_content('<img src="https://example.invalid/x.png"><script>console.error("oh"); throw Error("no")</script>')
     assert [any(what in line for line in wrong) for what in ("example.invalid", "oh", "no")] == [True] * 3
+
+
+def test_chapters_end_as_long_as_their_folds_are_closed(site, folder, visit):
+    """An older copy is shown as it ran, without the folds that its notebook has by now."""
+    pages = [chapter for chapter in site.chapters() if site.committed(chapter)[0].exists()
+             and not any("code has changed" in what for what in site.changed(*site.committed(chapter)))]
+    if not pages:
+        pytest.skip("no page of a chapter has today's code")
+    tall = {}
+    for chapter in pages:
+        page, _ = visit(folder / f"notebooks/{chapter}.html", size="wide")
+        assert page.locator("main details").count() > 9 and not page.locator("main details[open]").count()
+        tall[chapter] = page.evaluate("document.documentElement.scrollHeight")
+    assert max(tall.values()) <= TALLEST, tall
 
 
 def test_a_slider_moves_under_a_finger(folder, visit):

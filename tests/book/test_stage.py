@@ -201,8 +201,30 @@ def test_a_figure_gets_its_text_number_and_caption(tiny):
     assert html.index("A <strong>caption") < html.index("<p>Text after the figure.")
     picture = base64.b64decode(re.search(r'pixel = "(.*)"', FIGURE).group(1))
     assert (book.output / "stage/notebooks/02_tiny-c1.png").read_bytes() == picture
+    assert ":width: 1px" in (book.output / "stage/notebooks/02_tiny.ipynb").read_text()  # of a picture that is as wide
     clean = (book.output / "html/_sources/notebooks/02_tiny.ipynb").read_text()
     assert "image/png" in clean and "chapter-card" not in clean
+
+
+@pytest.mark.parametrize(("tags", "folds"), [
+    ([], ["a = 1", "b = 2\n\n\nprint(a + b)"]), (["hide-input"], ["a = 1", "b = 2\n\n\nprint(a + b)"]),
+    (["hide-input", "remove-output"], ["a = 1\n\n\nb = 2\n\n\nprint(a + b)"])])
+def test_hidden_code_that_shows_nothing_is_in_the_fold_of_what_follows(tiny, tags, folds):
+    book = tiny(RECORD, "a = 1", "b = 2", "print(a + b)")
+    commit(book)
+    executed, source = book.committed("02_tiny")[0], book.source("02_tiny")
+    for cell, each in zip(source.cells[-3:], [tags, ["hide-input"], ["hide-input"]], strict=True):
+        cell.metadata["tags"] = each
+    nbformat.write(source, book.root / "notebooks/02_tiny.ipynb")
+    ran = nbformat.read(executed, 4)
+    ran.cells[-3].outputs = [new_output("stream", name="stdout", text="progress")]
+    nbformat.write(ran, executed)
+    shown = page(book)
+    assert [cell.source for cell in shown.cells[-len(folds) - 1:]] == [RECORD, *folds]
+    assert shown.cells[-1].outputs[0].text == "the paper run"
+    assert ("progress" in text(shown)) == ("remove-output" not in tags)
+    copy = nbformat.read(book.output / "stage/book/downloads/02_tiny.ipynb", 4)
+    assert [cell.source for cell in copy.cells[-3:]] == ["a = 1", "b = 2", "print(a + b)"]
 
 
 def test_a_cover_stands_under_the_title_before_any_code_and_where_it_is_computed(tiny):
