@@ -15,6 +15,7 @@ import platform
 import re
 import shutil
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -48,6 +49,7 @@ def results(address, function, work, todo, *, ask, data=None, at_once=None) -> I
     with _connected(address) as client:
         ask = *ask, _datasets(data)
         wanted, work = _check_workers(client, address, ask), _by_value(function, work)
+        warnings.filterwarnings("ignore", "Sending large graph")  # a network; the caller restores the filters
 
         def submit(key, lacking=()):
             contents = {place: files.output(place).read_bytes() for place in lacking}

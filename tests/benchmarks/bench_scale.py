@@ -34,7 +34,7 @@ def arguments():
     options.add_argument("--units", type=int, default=40, help="units of `workers`")
     options.add_argument("--seconds", type=float, default=0.5, help="of one such unit")
     options.add_argument("--empty", type=int, default=300, help="units of `overhead`")
-    options.add_argument("--kept", type=Path, default=files.output("units"), help="folder of the chapters' units")
+    options.add_argument("--kept", default=str(files.output("units")), help="folder of the chapters' units")
     return options.parse_args()
 
 
@@ -100,7 +100,7 @@ def plan(folder, overhead):
     for chapter in sorted(folder.glob("*")):
         kept = pd.DataFrame(units.kept(chapter), columns=["function", "seconds"])
         stages = [group + overhead for _, group in kept.groupby("function")["seconds"]]
-        hours = {f"{n} workers": sum(makespan(stage, n) for stage in stages) / 3600 for n in WORKERS}
+        hours = {str(n): sum(makespan(stage, n) for stage in stages) / 3600 for n in WORKERS}
         rows[chapter.name] = {"units": len(kept)} | hours | {"longest unit": kept["seconds"].max() / 3600}
     table = pd.DataFrame.from_dict(rows, orient="index")
     if rows:
@@ -118,7 +118,8 @@ def main():
             if jobs == 1:
                 empty = measure(nothing, [{"number": number} for number in range(options.empty)]) / options.empty
     report("scale", options, data.load("digits"), {
-        "workers": pd.DataFrame.from_dict(rows, orient="index"), "hours of the units kept": plan(options.kept, empty),
+        "workers": pd.DataFrame.from_dict(rows, orient="index"),
+        "hours of the units kept, on so many workers": plan(Path(options.kept), empty),
         "targets": verdicts({"overhead, ms a unit": 1000 * empty}, TARGETS)})
 
 

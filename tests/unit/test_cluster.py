@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -69,17 +70,17 @@ def store(content, kind, **about):
 
 
 def train(seed):
-    network = store(b"network %d" % seed, "defences")  # beside the defence that names it
-    return {"network": store(b"network %d" % seed, "networks"), "defence": store(b"defence %d" % seed, "defences",
-                                                                                  network=network)}
+    content = b"network %d".ljust(11_000_000) % seed
+    network = store(content, "defences")  # beside the defence that names it
+    return {"network": store(content, "networks"), "defence": store(b"defence %d" % seed, "defences", network=network)}
 
 
 def attack(network, defence, number):
     time.sleep(0.1)
     with np.load(files.output("defences", defence)) as members:
         beside = json.loads(members["about"].item())["network"]
-    read = [files.output(kind, name).read_text() for kind, name in (("networks", network), ("defences", beside))]
-    return {"read": read, "pid": os.getpid()}
+    read = [files.output(*place).read_text() for place in (("networks", network), ("defences", beside))]
+    return {"read": [text.strip() for text in read], "pid": os.getpid()}
 
 
 def fails(x):
@@ -214,7 +215,9 @@ def test_networks_and_defences_travel_both_ways(tmp_path, here):
     places = {"networks": made["network"], "defences": made["defence"]}
     assert all(files.output(kind, name).exists() for kind, name in places.items())
     grid = [{"network": made["network"], "defence": made["defence"], "number": n} for n in range(6)]
-    found = units.run(attack, grid, folder=tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # such as Dask's about what is large
+        found = units.run(attack, grid, folder=tmp_path)
     assert all(one["read"] == ["network 1", "network 1"] for one in found)
     assert len({one["pid"] for one in found}) == 2, "one of the two has got them from here"
     for i in range(2):
@@ -239,7 +242,9 @@ def test_functions_of_a_notebook_run_on_a_cluster(tmp_path, here):
              "found = units.run(unit, [{'x': x} for x in range(4)], folder='kept')",
              f"assert [r['y'] for r in found] == [0, 3, 6, 9]\n"
              f"assert all(r['folder'].startswith({str(here.folder)!r}) for r in found)"]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells],
+                                        metadata={"kernelspec": kernel})
     nbformat.write(notebook, tmp_path / "notebook.ipynb")
     conftest.papermill(tmp_path / "notebook.ipynb", tmp_path, dict(os.environ))
     assert len(kept(tmp_path)) == 4
