@@ -145,23 +145,32 @@ def _look(ask, wanted, dask_worker):
     return [f"worker {dask_worker.name}: {'; '.join(wrong)}"] if wrong else [], _gpu()
 
 
-@cache  # as it was when this process loaded its code
 def _state(versions, packages, datasets):
     """Return what has to be the same in all processes, by name."""
-    source = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py")))
-    state = {"Python": ".".join(platform.python_version_tuple()[:2]), **versions(*packages),
-             "code of the helpers": hashlib.sha256(source.encode()).hexdigest()[:12]}
+    state = {**_software(versions, packages)}
     for name in datasets:
-        from helpers import data  # takes seconds
-
         try:
-            found, digest = data.load(name), hashlib.sha256()
-            for part in (found.x_train, found.y_train, found.x_test, found.y_test):
-                digest.update(np.ascontiguousarray(part))
-            state[f"data set {name}"] = digest.hexdigest()[:12]
+            state[f"data set {name}"] = _content(name)
         except (OSError, ValueError) as error:
             state[f"data set {name}"] = f"missing: {str(error).partition(' (')[0]}"
     return state
+
+
+@cache  # as it was when this process loaded it
+def _software(versions, packages):
+    source = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py")))
+    return {"Python": ".".join(platform.python_version_tuple()[:2]), **versions(*packages),
+            "code of the helpers": hashlib.sha256(source.encode()).hexdigest()[:12]}
+
+
+@cache
+def _content(name):
+    from helpers import data  # takes seconds
+
+    found, digest = data.load(name), hashlib.sha256()
+    for part in (found.x_train, found.y_train, found.x_test, found.y_test):
+        digest.update(np.ascontiguousarray(part))
+    return digest.hexdigest()[:12]
 
 
 def _datasets(value):
@@ -171,8 +180,8 @@ def _datasets(value):
     from helpers import data
 
     text = json.dumps(value)
-    about = {name: [name, *map(data._SOURCES.get(name, {}).get, ("sha256", "arrays"))] for name in data.NAMES}
-    return tuple(name for name, words in about.items() if any(f'"{word}"' in text for word in words))
+    sums = {name: map(data._SOURCES.get(name, {}).get, ("sha256", "arrays")) for name in data.NAMES}
+    return tuple(name for name in sums if any(word and f'"{word}"' in text for word in (name, *sums[name])))
 
 
 def _gpu():
