@@ -70,9 +70,9 @@ def store(content, kind, **about):
 
 
 def train(seed):
-    content = b"network %d".ljust(11_000_000) % seed
-    network = store(content, "defences")  # beside the defence that names it
-    return {"network": store(content, "networks"), "defence": store(b"defence %d" % seed, "defences", network=network)}
+    beside = store(b"network of the defence %d" % seed, "defences")  # which alone names it
+    return {"network": store(b"network %d".ljust(11_000_000) % seed, "networks"),
+            "defence": store(b"defence %d" % seed, "defences", network=beside)}
 
 
 def attack(network, defence, number):
@@ -212,16 +212,16 @@ def test_workers_take_one_unit_each_with_one_thread_and_an_empty_home(tmp_path, 
 
 def test_networks_and_defences_travel_both_ways(tmp_path, here):
     [made] = units.run(train, [{"seed": 1}], folder=tmp_path)
-    places = {"networks": made["network"], "defences": made["defence"]}
-    assert all(files.output(kind, name).exists() for kind, name in places.items())
+    here_now = {path.name for path in files.output().glob("*/*")}
+    assert {made["network"], made["defence"]} < here_now and len(here_now) == 3
     grid = [{"network": made["network"], "defence": made["defence"], "number": n} for n in range(6)]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # such as Dask's about what is large
         found = units.run(attack, grid, folder=tmp_path)
-    assert all(one["read"] == ["network 1", "network 1"] for one in found)
+    assert all(one["read"] == ["network 1", "network of the defence 1"] for one in found)
     assert len({one["pid"] for one in found}) == 2, "one of the two has got them from here"
     for i in range(2):
-        assert {path.name for path in (here.folder / f"worker{i}").glob("_build/*/*")} == {*places.values()}
+        assert {path.name for path in (here.folder / f"worker{i}").glob("_build/*/*")} == here_now
 
 
 def test_units_at_a_time_are_limited(tmp_path, here):
