@@ -7,6 +7,7 @@ RUNS ?= 100
 SUITE ?= attacks detection rejection
 DEFENCE ?= book/my_defence.py
 ARENA ?=
+CLUSTER ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -17,6 +18,10 @@ CHAPTERS := $(foreach name,$(CHAPTER),--chapter $(name))
 export PYTHONUTF8 := 1
 ifneq ($(HELPERS_DATA),)
 export HELPERS_DATA := $(if $(filter /%,$(firstword $(HELPERS_DATA))),,$(CURDIR)/)$(HELPERS_DATA)
+endif
+
+ifneq ($(CLUSTER),)
+export HELPERS_CLUSTER := $(CLUSTER)
 endif
 
 .DEFAULT_GOAL := help
@@ -34,13 +39,13 @@ site: $(READY) ## render what the repository keeps, without executing anything: 
 test: $(READY) ## run every test, the notebooks' smoke runs and the rendered site included
 	@$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(PYTEST)
 
-paper: $(READY) ## run the paper profile for hours, resumable, and put its results under book/ [CHAPTER=02]
+paper: $(READY) ## run the paper profile for hours, resumable, and put its results under book/ [CHAPTER=02 CLUSTER=tcp://host:8786]
 	@$(HELPERS) paper $(CHAPTERS)
 
 arena: $(READY) ## attack a defence of your own [DEFENCE=my_defence.py ARENA="--data mnist --norm l2 --eps 1.5 --images 100"]
 	@$(HELPERS) arena "$(DEFENCE)" $(ARENA)
 
-bench: $(PEERS) ## measure attacks, detectors and SVMs against the plain way, or attacks against AutoAttack [SUITE=strength]
+bench: $(PEERS) ## measure attacks, detectors and SVMs against the plain way, attacks against AutoAttack, or a cluster [SUITE=strength|scale]
 	@for suite in $(SUITE); do \
 	  PYTHONPATH="_build/bench-peers$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python tests/benchmarks/bench_$$suite.py $(BENCH) || exit; done
 

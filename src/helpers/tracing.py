@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-NO_COMPUTE = {"__init__", "__main__", "address", "book", "cli", "execution", "figures", "files", "primer", "profiles",
-              "records", "report", "site", "tracing", "units"}
+NO_COMPUTE = {"__init__", "__main__", "address", "book", "cli", "cluster", "execution", "figures", "files", "primer",
+              "profiles", "records", "report", "site", "tracing", "units"}
 _FOLDER = Path(__file__).parent
 
 

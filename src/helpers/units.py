@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 from joblib import Parallel, cpu_count, delayed, parallel_config
 from tqdm import tqdm
 
-from helpers import files, tracing
+from helpers import cluster, files, tracing
 from helpers.tracing import plain
 
 PACKAGES = ("numpy", "scipy", "scikit-learn", "scikit-image", "tensorflow", "keras")  # which may change a result
@@ -32,8 +33,10 @@ def run(function, grid, *, folder, n_jobs=None, label="", data=None) -> list[dic
     numbers, strings, lists and arrays, to which the "seconds" it took are added. Each result is kept in
     `folder/<function>/<key>.npz`. The key covers the arguments; the code that the function runs (`tracing.code`); the
     versions of `PACKAGES`; and `data`, a plain value such as a data set's `sha256`.
-    `n_jobs` processes of one thread each compute; None means one per core, or a single one where a GPU is.
-    Raises TypeError for arguments, results and global variables that are not such values, ValueError for `n_jobs` < 1.
+    `n_jobs` processes of one thread each compute; None means one per core, or a single one where a GPU is. Where
+    HELPERS_CLUSTER is the address of a Dask scheduler, its workers compute, at most `n_jobs` of them at a time.
+    Raises TypeError for arguments, results and global variables that are not such values, ValueError for `n_jobs` < 1,
+    `cluster.ClusterError` for what a cluster lacks.
     """
     jobs = n_jobs if n_jobs is not None else 1 if shutil.which("nvidia-smi") else cpu_count()
     if jobs < 1:
@@ -52,11 +55,16 @@ def run(function, grid, *, folder, n_jobs=None, label="", data=None) -> list[dic
     threads = 1 if jobs > 1 else None  # also for the last unit of a resumed run: the number of threads changes sums
     with warnings.catch_warnings(), parallel_config("loky", inner_max_num_threads=threads):
         warnings.filterwarnings("ignore", "A worker stopped")  # joblib replaces one that TensorFlow has made large
-        done = Parallel(jobs, return_as="generator_unordered", batch_size=1)(
-            delayed(_compute)(function, kwargs, path, threads, about) for path, kwargs in todo.items())
-        for path in tqdm(done, label or function.__name__, len(results), initial=len(results) - len(todo), unit="unit",
-                         file=sys.stdout, ncols=80):
+        if todo and (address := os.environ.get("HELPERS_CLUSTER")):
+            done = _on_cluster(address, function, todo, about, data, n_jobs)
+        else:
+            done = Parallel(jobs, return_as="generator_unordered", batch_size=1)(
+                delayed(_compute)(function, about, kwargs, path, threads) for path, kwargs in todo.items())
+        bar = tqdm(done, label or function.__name__, len(results), initial=len(results) - len(todo), unit="unit",
+                   file=sys.stdout, ncols=80)
+        for path, workers in bar:
             results[path] = _load(path)
+            bar.set_postfix_str(workers, refresh=False)
     found = [results[path] for path, _ in units]
     return dict(zip(grid, found, strict=True)) if isinstance(grid, Mapping) else found
 
@@ -89,7 +97,22 @@ def versions(*packages: str) -> dict[str, str]:
                         for found in metadata.distributions(name=label)), "unknown") for name in packages}
 
 
-def _compute(function, kwargs, path, threads, about):
+def _on_cluster(address, function, todo, about, data, at_once):
+    """Yield (path, units done by each worker) of `todo`, path -> arguments, as they are finished and kept."""
+    for path, members, shares in cluster.results(address, function, partial(_members, function, about), todo,
+                                                 ask=(versions, PACKAGES), data=data, at_once=at_once):
+        _keep(path, members)
+        each = shares.values()
+        yield path, f"by worker: {' '.join(map(str, each)) if len(each) < 5 else f'{min(each)} to {max(each)}'}"
+
+
+def _compute(function, about, kwargs, path, threads):
+    _keep(path, _members(function, about, kwargs, threads))
+    return path, ""
+
+
+def _members(function, about, kwargs, threads):
+    """Return what is kept of a unit: arrays, and text."""
     if threads:  # read when TensorFlow first computes
         os.environ.update(TF_NUM_INTRAOP_THREADS=str(threads), TF_NUM_INTEROP_THREADS=str(threads))
     started = time.perf_counter()
@@ -105,9 +128,12 @@ def _compute(function, kwargs, path, threads, about):
               if isinstance(value, np.ndarray) and not value.dtype.hasobject}
     index = {name: None if f"array.{name}" in arrays else plain(f"result {name!r}", value)
              for name, value in result.items()}  # names every member, so that a lost one is noticed
+    return {"index": json.dumps(index), "about": plain("about", about | {"arguments": kwargs}), **arrays}
+
+
+def _keep(path, members):
     with files.atomic(path) as temporary:
-        np.savez(temporary, index=json.dumps(index), about=plain("about", about | {"arguments": kwargs}), **arrays)
-    return path
+        np.savez(temporary, **members)
 
 
 def _load(path):

@@ -54,7 +54,7 @@ def test_lock_satisfies_every_requirement(python, system, machine):
         "extra": "",
     }
     extras = PROJECT["optional-dependencies"]
-    lines = PROJECT["dependencies"] + extras["cpu"] + extras["book"] + extras["test"]
+    lines = sum((extras[name] for name in ("cpu", "book", "cluster", "test")), PROJECT["dependencies"])
     pins = {canonicalize_name(pin.name): pin for pin, _ in locked(LOCKS[0]) if applies(pin, environment)}
     for requirement in map(Requirement, lines):
         if applies(requirement, environment):
@@ -68,8 +68,8 @@ def test_lock_satisfies_every_requirement(python, system, machine):
 def test_imports_are_declared(path):
     """On Colab only what makes the book may lack something: the extra `book` alone has papermill and Jupyter Book."""
     extras = PROJECT["optional-dependencies"]
-    of_the_book = path.stem in ("book", "cli", "execution", "site")
-    lines = PROJECT["dependencies"] + extras["cpu"] + (extras["book"] if of_the_book else [])
+    more = {"cluster": "cluster"} | dict.fromkeys(("book", "cli", "execution", "site"), "book")
+    lines = PROJECT["dependencies"] + extras["cpu"] + extras.get(more.get(path.stem), [])
     declared = {canonicalize_name(Requirement(line).name) for line in lines}
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
