@@ -71,11 +71,24 @@ import tensorflow as tf
 from conftest import RECORD, ROOT, commit
 from keras import layers
 from test_records import git
-from toys import LINEAR, MANY, NET, SHAPE, N, X, Y, network, steady, three_classes
+from toys import LINEAR, MANY, NET, SHAPE, N, X, Y, linear, margins, network, steady, three_classes
 
-from helpers import attacks, data, evaluation, execution, models, records, svm, training
+from helpers import (
+    attacks,
+    closeness,
+    data,
+    evaluation,
+    execution,
+    filters,
+    models,
+    purification,
+    records,
+    svm,
+    training,
+)
 from helpers.book import same_code
 from helpers.closeness import Closeness
+from helpers.defence import Network
 from helpers.detection import FEATURES, Detector
 from helpers.rejection import SVM
 from helpers.site import _page
@@ -129,6 +142,71 @@ def test_machines_score_alike_far_from_zero():
     exact = np.exp(-0.5 * ((wide[:, None] - wide) ** 2).sum(axis=-1)) @ weights
     found = SVM.of(h, weights, np.zeros(2), 0.5, 1.0).scores(tf.constant(wide))
     np.testing.assert_allclose(found, exact, atol=1e-4)
+
+
+def test_saturated_logits_leave_what_their_twin_leaves():
+    near = linear(bias=-float(np.median(margins(LINEAR, X, np.zeros(N, int)))))
+    y, curves = evaluation.logits(near, X).argmax(axis=1), []
+    for model in (near, steady(lambda x: 1000 * near(x))):
+        curves.append(evaluation.survivors(model, [0, 0.01, 0.02, 0.05], X, y, steps=10))
+    np.testing.assert_array_equal(*curves)
+    assert curves[0][0].all() and curves[0][-1].mean() < 0.2
+
+
+def test_the_images_of_a_diverged_network_are_neither_right_nor_wrong():
+    model = bare()
+    model.layers[-1].set_weights([np.nan * MANY, np.zeros(3)])
+    for measure in (evaluation.score, purification.right):
+        with pytest.raises(ValueError, match="gives NaN on some images"):
+            measure(model, X, Y)
+
+
+def test_an_activation_that_is_changed_counts_from_the_next_call_on():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([layers.Input(SHAPE), layers.Flatten(), layers.Dense(8, "relu"), layers.Dense(3)])
+    outer = keras.Sequential([layers.Input(SHAPE), model])
+    whole, held = filters.defend(outer, "bits", 6), Network(outer)
+
+    def attacked():
+        evaluation.logits(model, X), closeness.activations(model, X)
+        return [attacks.pgd(each, X, Y, LINF, steps=3, path=path).images
+                for each, path in ((model, None), (outer, None), (held, None), (whole, "BPDA"))]
+
+    before = attacked()
+    model.layers[1].activation = keras.activations.tanh
+    for one, other in zip(before, attacked(), strict=True):
+        assert np.abs(one - other).max() > 1e-3
+    np.testing.assert_allclose(evaluation.logits(model, X), model(X, training=False), atol=1e-5)
+    hidden = np.tanh(X.reshape(N, -1) @ model.layers[1].kernel.numpy())
+    np.testing.assert_allclose(closeness.activations(model, X), hidden, atol=1e-5)
+
+
+def test_a_layer_that_is_replaced_or_dropped_counts_from_the_next_call_on():
+    model = keras.Sequential([layers.Input(SHAPE), *bare().layers, layers.Softmax()])
+    with pytest.raises(ValueError, match="drop its softmax"):
+        evaluation.logits(model, X)
+    model.pop()
+    np.testing.assert_allclose(evaluation.logits(model, X), evaluation.logits(three_classes, X), atol=1e-5)
+    model.pop()
+    model.add(layers.Dense(4))
+    np.testing.assert_allclose(evaluation.logits(model, X), model(X, training=False), atol=1e-5)
+
+
+def test_the_gradient_of_mixed_precision_is_that_of_its_copy_in_float64():
+    errors, kinked = evaluation.gradient_errors(mixed(), X, Y)
+    assert errors[~kinked].max() < 1e-5
+    assert {weights.dtype for weights in models.as_float64(mixed()).get_weights()} == {np.dtype("float64")}
+
+
+def test_a_network_that_draws_does_not_fall_because_it_is_asked_often():
+    """Each image is right on 85 % of the draws, whatever so small a change is: one of many medians is not."""
+    rng, y = np.random.default_rng(0), np.zeros(200, int)
+
+    def coin(x):
+        return np.where(rng.random((len(x), 1)) < 0.85, [[2.0, 0.0]], [[0.0, 2.0]]).astype("float32")
+
+    curve = evaluation.survivors(coin, [0, 1e-6, 1e-5], np.resize(X, (200, *SHAPE)), y, steps=40).mean(axis=1)
+    assert curve.min() > 0.97
 
 
 # ── Labels and images ──
@@ -199,6 +277,13 @@ def test_a_lambda_layer_is_attacked_like_what_it_computes():
                                atol=1e-5)
 
 
+def test_a_network_that_cannot_be_copied_in_float64_is_checked_without():
+    twice = keras.Sequential([layers.Input(SHAPE), layers.Lambda(lambda x: 2 * x), layers.Flatten(), layers.Dense(3)])
+    assert [row["passed"] for row in evaluation.gradient_flags(twice, X, Y)] == [True, True]
+    with pytest.raises(TypeError, match="makes no copy in float64"):
+        models.as_float64(twice)
+
+
 def test_a_function_of_numpy_is_evaluated_and_has_no_gradient():
     def model(x):
         return np.asarray(x).reshape(len(x), -1) @ MANY
@@ -216,7 +301,7 @@ def test_networks_of_other_images_are_refused_by_their_shape():
             ATTACKS["pgd"](model, X, Y)
 
 
-@pytest.mark.parametrize("name", ["bim", "normalised", "apgd"])
+@pytest.mark.parametrize("name", ["bim", "normalised", "apgd", "lbfgs", "fab"])
 def test_a_gradient_that_is_nan_is_no_robustness(name):
     x = X.copy()
     x[:, 0, 0] = 0.5  # where the derivative of the root is infinite
