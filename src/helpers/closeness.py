@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -13,7 +14,11 @@ FLOOR = 1e-7  # of a class's mean share, so that a unit which that class never u
 
 def last_hidden(model):
     """The part of `model`, a Keras network, from images to what enters its last layer, (n, d); dropout must be off."""
-    return graph_of(model, "last hidden", lambda: part(model, model.layers[-1].input))
+    def build():
+        hidden = model.layers[-1].input
+        return part(model, keras.ops.cast(hidden, "float32") if hidden.dtype in ("float16", "bfloat16") else hidden)
+
+    return graph_of(model, "last hidden", build)
 
 
 def activations(model, x, batch_size=1000):

@@ -301,9 +301,18 @@ def predict(model, x, batch_size):
 
 
 def check_size(model, x):
-    """Raise ValueError unless the Keras network `model` takes images of the size of `x`."""
+    """Raise ValueError unless the Keras network `model` takes one batch of images, of the size of `x`, and gives one.
+
+    A subclass of keras.Model says neither beforehand.
+    """
+    if not hasattr(model, "input_shape"):
+        return
+    for side, word in ((model.inputs, "takes"), (model.outputs, "gives")):
+        if len(side) != 1:
+            raise ValueError(f"model {word} {len(side)} tensors; expected one, " +
+                             ("images" if side is model.inputs else "logits (n, classes)"))
     expected = model.input_shape[1:]
-    if any(side not in (None, given) for side, given in zip(expected, x.shape[1:], strict=True)):
+    if len(expected) != 3 or any(side not in (None, given) for side, given in zip(expected, x.shape[1:], strict=True)):
         turned = expected == (x.shape[3], *x.shape[1:3]) and expected != x.shape[1:]
         raise ValueError(f"x holds images {x.shape[1:]}; expected {expected}, the size that the network takes"
                          + (": it has channels first, so put a Permute((3, 1, 2)) before it" if turned else ""))
@@ -321,6 +330,9 @@ def check_logits(logits):
 
 def save(model, folder):
     """Keep `model` in `folder` as <its `digest`>.keras and return that file name."""
+    if code := [layer.name for layer in _parts(model, set()) if isinstance(layer, layers.Lambda)]:
+        raise ValueError(f"model holds the Lambda layers {code}, whose code no file may bring back; expected layers of "
+                         "a class that is registered with Keras, or keras.ops")
     path = Path(folder) / f"{digest(model)}.keras"
     if not path.exists():
         with files.atomic(path) as temporary:
@@ -361,5 +373,7 @@ def _nameless(config, places=None):
         return config
     if isinstance(layers := config.get("layers"), list):
         places = {layer["config"]["name"]: place for place, layer in enumerate(layers)}
+        if isinstance(config.get("dtype"), dict):  # the layers have their own, and Keras's file forgets a Sequential's
+            config = config | {"dtype": config["dtype"] | {"config": {"name": "float32"}}}
     dropped = ("name", "build_config", "compile_config", "trainable")
     return {key: _nameless(value, places) for key, value in config.items() if key not in dropped}

@@ -77,6 +77,7 @@ from helpers import (
     attacks,
     closeness,
     data,
+    detection,
     evaluation,
     execution,
     filters,
@@ -85,6 +86,7 @@ from helpers import (
     records,
     svm,
     training,
+    uncertainty,
 )
 from helpers.book import same_code
 from helpers.closeness import Closeness
@@ -270,11 +272,59 @@ def test_a_network_of_mixed_precision_is_attacked_in_float32(attack):
     assert (found.images != X[: len(found.images)]).any() or attack is ATTACKS["lbfgs"]  # in so few steps
 
 
+def test_mixed_precision_trains_and_its_file_is_found(tmp_path):
+    model, before = mixed(), mixed()
+    assert models.digest(model) == models.digest(before)
+    for adversary in (None, training.Adversary(0.1)):
+        history = training.fit(model, X, Y, epochs=20, learning_rate=0.01, adversary=adversary, validation=(X, Y))
+        assert history["loss"][-1] < history["loss"][0] and history["validation_loss"][-1] < np.log(3)
+    again = models.load(tmp_path / models.save(model, tmp_path))
+    np.testing.assert_array_equal(evaluation.logits(again, X), evaluation.logits(model, X))
+    np.testing.assert_allclose(uncertainty.sample(again, X, draws=3), uncertainty.sample(model, X, draws=3), atol=1e-3)
+
+
+def test_mixed_precision_is_measured_in_float32():
+    model = mixed()
+    votes, hidden = uncertainty.sample(model, X, draws=5), closeness.activations(model, X)
+    assert votes.dtype == hidden.dtype == np.float32
+    np.testing.assert_allclose(votes.sum(axis=2), 1, atol=1e-6)
+    near = Closeness.fit(hidden, Y, 1.0, 3)
+    table = detection.features(model, X, near.thin(10), draws=2)
+    assert np.isfinite(table[[*FEATURES]].to_numpy()).all()
+    whole = detection.Guarded(model, Detector(dict.fromkeys(FEATURES, 0.1), 0.0), near, 0.0, draws=2)
+    assert np.isfinite(attacks.pgd(whole, X, Y, L2, steps=2, path="EOT").value).all()
+
+
 def test_a_lambda_layer_is_attacked_like_what_it_computes():
     twice = keras.Sequential([layers.Input(SHAPE), layers.Lambda(lambda x: 2 * x), layers.Flatten(), layers.Dense(3)])
     twice.layers[-1].set_weights([MANY / 2, np.zeros(3)])
     np.testing.assert_allclose(ATTACKS["pgd"](twice, X, Y).images, ATTACKS["pgd"](three_classes, X, Y).images,
                                atol=1e-5)
+
+
+def test_a_lambda_layer_is_refused_before_it_is_in_a_file_that_nobody_can_read(tmp_path):
+    inner = keras.Sequential([layers.Input(SHAPE), layers.Lambda(lambda x: 2 * x, name="twice")])
+    with pytest.raises(ValueError, match=r"Lambda layers \['twice'\]"):
+        models.save(keras.Sequential([inner, layers.Flatten(), layers.Dense(3)]), tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+@keras.saving.register_keras_serializable("tests")
+class Subclassed(keras.Model):
+    """A network of a class of its own, which knows no shapes beforehand."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.inner = bare()
+
+    def call(self, x, training=False):
+        return self.inner(x, training=training)
+
+
+def test_a_network_of_a_class_of_its_own_is_attacked():
+    np.testing.assert_allclose(ATTACKS["pgd"](Subclassed(), X, Y).images, ATTACKS["pgd"](bare(), X, Y).images)
+    with pytest.raises(ValueError, match="gives shape"):
+        ATTACKS["pgd"](keras.Sequential([layers.Input(SHAPE), layers.Conv2D(3, 3)]), X, Y)
 
 
 def test_a_network_that_cannot_be_copied_in_float64_is_checked_without():
@@ -293,12 +343,21 @@ def test_a_function_of_numpy_is_evaluated_and_has_no_gradient():
     assert not evaluation.gradient_flags(model, X, Y)[0]["passed"]
 
 
-def test_networks_of_other_images_are_refused_by_their_shape():
-    flat, images = keras.Sequential([layers.Input((16,)), layers.Dense(3)]), [keras.Input(SHAPE) for _ in range(2)]
-    several = keras.Model(images, layers.Dense(3)(layers.Flatten()(layers.Add()(images))))
-    for model, shape in ((flat, r"\(16,\)"), (several, r"\[\(None, 4, 4, 1\)\]")):
-        with pytest.raises(ValueError, match=rf"x holds images \(4, 4, 1\); expected {shape}, the size that"):
-            ATTACKS["pgd"](model, X, Y)
+def several(inputs=1, outputs=1):
+    images = [keras.Input(SHAPE) for _ in range(inputs)]
+    flat = layers.Flatten()(layers.Add()(images) if inputs > 1 else images[0])
+    return keras.Model(images, [layers.Dense(3)(flat) for _ in range(outputs)])
+
+
+@pytest.mark.parametrize(("model", "message"), [
+    (keras.Sequential([layers.Input((16,)), layers.Dense(3)]), r"x holds .*\(4, 4, 1\); expected \(16,\), the size"),
+    (several(inputs=2), "model takes 2 tensors; expected one, images"),
+    (several(outputs=2), r"model gives 2 tensors; expected one, logits \(n, classes\)"),
+], ids=["flat", "two inputs", "two outputs"])
+def test_networks_of_another_kind_are_refused_by_what_they_take_and_give(model, message):
+    for door in (ATTACKS["pgd"], evaluation.score):
+        with pytest.raises(ValueError, match=message):
+            door(model, X, Y)
 
 
 @pytest.mark.parametrize("name", ["bim", "normalised", "apgd", "lbfgs", "fab"])
