@@ -13,7 +13,7 @@ import scipy.stats
 import tensorflow as tf
 
 from helpers import attacks, flags, soundness, standard
-from helpers.checks import check_labels
+from helpers.checks import check_grid, check_labels
 from helpers.defence import Path, answers, as_defence, way
 from helpers.losses import cross_entropy, evasion, margin
 from helpers.models import as_float64, randomised
@@ -62,8 +62,7 @@ def survivors(defence, grid, x, y, *, norm="linf", path=None, attack=attacks.pgd
     its draws, is asked afresh. `grid`: rising eps values in [0, 1] pixel units; 0 means no attack. Returns
     (len(grid), n) bool; its row means are the security curve.
     """
-    if not (len(grid) and np.isfinite(grid).all() and min(grid) >= 0 and (np.diff(grid) > 0).all()):
-        raise ValueError(f"grid is {list(grid)}; expected rising eps values >= 0")
+    check_grid(grid)
     defence = as_defence(defence)
     path, start, rows = way(defence, path, seed), x.copy(), []
     standing = _stand(defence, x, y)
@@ -93,6 +92,8 @@ def difference_interval(a, b, confidence=0.95, seed=0):
     """
     if np.shape(a) != np.shape(b) or np.ndim(a) != 1:
         raise ValueError(f"a and b have shapes {np.shape(a)} and {np.shape(b)}; expected the same images, (n,) each")
+    if len(a) < 2:
+        raise ValueError(f"a and b are of {len(a)} images; expected two or more")
     delta = np.asarray(a, float) - np.asarray(b, float)
     interval = scipy.stats.bootstrap((delta,), np.mean, n_resamples=2000, confidence_level=confidence, batch=100,
                                      method="percentile", rng=seed).confidence_interval

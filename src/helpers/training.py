@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from helpers.checks import check_images, check_labels, check_positive
+from helpers.checks import check_images, check_labels, check_positive, check_seed
 from helpers.defence import as_defence, check_defence
 from helpers.evaluation import score
 from helpers.losses import cross_entropy
@@ -95,6 +95,7 @@ def descend(model, losses_of, arrays, *, epochs, batch_size, learning_rate, afte
     a loss that is not finite.
     """
     check_positive(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate)
+    check_seed(seed)
     arrays = tuple(map(tf.constant, arrays))
     epoch = _epoch(model, losses_of, arrays, min(batch_size, len(arrays[0])), learning_rate, owner or model)
     rng, history = np.random.default_rng(seed), {}

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from helpers.checks import check_images
+from helpers.checks import check_images, check_seed
 from helpers.models import graph_of, randomised
 
 METRICS = ("confidence", "entropy", "variance", "mutual information")
@@ -87,6 +87,7 @@ def _voter(model, rates):
 def sample(model, x, *, draws=50, seed=0, batch_size=500):
     """Probabilities (draws, n, classes) float32 of images `x` (n, h, w, c) in [0, 1] under `thinned(model, draws)`."""
     check_images(x)
+    check_seed(seed)
     graph = graph_of(model, ("thinned", draws, seed),
                      lambda: tf.function(thinned(model, draws, seed), reduce_retracing=True))
     return np.concatenate([graph(tf.constant(x[i : i + batch_size])) for i in range(0, len(x), batch_size)], axis=1)

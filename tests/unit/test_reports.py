@@ -74,6 +74,7 @@ from test_records import git
 from toys import LINEAR, MANY, NET, SHAPE, N, X, Y, linear, margins, network, steady, three_classes
 
 from helpers import (
+    adaptive,
     attacks,
     closeness,
     data,
@@ -84,6 +85,7 @@ from helpers import (
     models,
     purification,
     records,
+    rejection,
     svm,
     training,
     uncertainty,
@@ -564,3 +566,71 @@ def test_no_folder_of_this_machine_stays_on_a_page(tiny, folder, before):
     commit(book, printed=f"{before}{book.root}/data/x {book.output}/y")
     page = _page(book, "02_tiny", book.committed("02_tiny")[0])
     assert page.cells[-1].outputs[0].text == f"{before}data/x y"
+
+
+# ── Unclear errors ──
+
+FRAME = pd.DataFrame(np.random.default_rng(0).normal(size=(20, 6)), columns=FEATURES)
+HIDDEN = np.abs(np.random.default_rng(0).normal(size=(N, 5))).astype("float32")
+
+
+def brighter(by):
+    x = X.copy()
+    x[0, 0, 0] = np.float32(1) + np.float32(by)
+    return x
+
+
+def sampled(seed):
+    keras.utils.set_random_seed(0)
+    return uncertainty.sample(keras.Sequential([layers.Input(SHAPE), layers.Flatten(), layers.Dropout(0.5),
+                                                layers.Dense(3)]), X, draws=2, seed=seed)
+
+
+@pytest.mark.parametrize("eps", ["8/255", None, [0.1, 0.2], np.array([0.1, 0.2])], ids=str)
+def test_an_eps_that_is_no_number_is_named(eps):
+    for threat in (lambda: ThreatModel("linf", eps), lambda: training.Adversary(eps)):
+        with pytest.raises(ValueError, match=rf"eps is {re.escape(str(eps))}; expected a number >= 0"):
+            threat()
+
+
+@pytest.mark.parametrize("grid", [["8/255"], [None], None, 0.1, "8/255", [[0.1, 0.2]], [0.1, np.inf]], ids=str)
+def test_a_grid_that_is_no_rising_eps_is_named(grid):
+    with pytest.raises(ValueError, match="grid is .*; expected rising eps values >= 0"):
+        evaluation.survivors(NET, grid, X, Y)
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, None, "a", 2**31])
+@pytest.mark.parametrize("call", [
+    lambda seed: attacks.pgd(NET, X, Y, LINF, seed=seed), lambda seed: square(NET, X, Y, LINF, seed=seed),
+    lambda seed: training.fit(bare(), X, Y, epochs=1, seed=seed), sampled], ids=["pgd", "square", "fit", "sample"])
+def test_a_seed_that_is_none_is_named(call, seed):
+    with pytest.raises(ValueError, match=f"seed is {seed!r}; expected a whole number >= 0"):
+        call(seed)
+
+
+@pytest.mark.parametrize("bandwidth", [1e200, 1e-200, None, "silverman"])
+def test_a_bandwidth_without_a_square_is_named(bandwidth):
+    for fit in (lambda: Closeness.fit(HIDDEN, Y, bandwidth, 3), lambda: adaptive.kernel_density(X, Y, bandwidth)):
+        with pytest.raises(ValueError, match=re.escape(f"bandwidth is {bandwidth}; expected a")):
+            fit()
+
+
+LINE = Detector({"KL": 1.0}, 0.0)
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: svm.gram(HIDDEN, "scale"), "gamma is scale; expected a finite number > 0"),
+    (lambda: rejection.fit(bare(), np.repeat(X, 5, 0), np.repeat(Y, 5), layers=(1,), gamma="auto"), "gamma is auto"),
+    (lambda: Detector.fit(FRAME[:0], FRAME), "positives is empty; expected the features of one image or more"),
+    (lambda: Detector.fit(FRAME, FRAME[:0]), "negatives is empty"),
+    (lambda: detection.area([], []), "positives is empty"),
+    (lambda: LINE.auc(FRAME[:0], FRAME), "positives is empty"),
+    (lambda: LINE.threshold(FRAME[:0]), "clean is empty"),
+    (lambda: Closeness.fit(HIDDEN, Y, 1.0, 3).kl(HIDDEN[:0], Y[:0]), "y is empty"),
+    (lambda: evaluation.difference_interval([True], [False]), "a and b are of 1 images; expected two"),
+    (lambda: ATTACKS["pgd"](NET, brighter(1.2e-7), Y), r"in \[0.0, 1.0\], which it leaves by 1.2e-07"),
+    (lambda: ATTACKS["pgd"](NET, brighter(254), Y), r"in \[0.0, 1.0\], which it leaves by 2.5e.02"),
+])
+def test_an_error_says_which_argument_what_came_and_what_was_expected(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
