@@ -71,7 +71,7 @@ import tensorflow as tf
 from conftest import RECORD, ROOT, commit
 from keras import layers
 from test_records import git
-from toys import LINEAR, MANY, NET, SHAPE, N, X, Y, linear, margins, network, steady, three_classes
+from toys import LINEAR, MANY, NET, SHAPE, N, X, Y, linear, margins, network, rng_images, steady, three_classes
 
 from helpers import (
     adaptive,
@@ -290,7 +290,7 @@ def test_mixed_precision_is_measured_in_float32():
     votes, hidden = uncertainty.sample(model, X, draws=5), closeness.activations(model, X)
     assert votes.dtype == hidden.dtype == np.float32
     np.testing.assert_allclose(votes.sum(axis=2), 1, atol=1e-6)
-    near = Closeness.fit(hidden, Y, 1.0, 3)
+    near = Closeness.fit(closeness.activations(model, rng_images(60)), np.arange(60) % 3, 1.0, 3)
     table = detection.features(model, X, near.thin(10), draws=2)
     assert np.isfinite(table[[*FEATURES]].to_numpy()).all()
     whole = detection.Guarded(model, Detector(dict.fromkeys(FEATURES, 0.1), 0.0), near, 0.0, draws=2)
