@@ -14,8 +14,8 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from helpers import attacks, data, evaluation, models, rejection
-from helpers.checks import check_images, check_positive
-from helpers.closeness import squared_distances
+from helpers.checks import check_images
+from helpers.closeness import check_bandwidth, squared_distances
 from helpers.defence import Path, answers
 from helpers.losses import wrong, wrong_classes
 from helpers.models import graph_of, traced
@@ -49,7 +49,7 @@ def kernel_density(x, y, bandwidth):
 
     The kernel is Gaussian on pixels with standard deviation `bandwidth` (Biggio et al. 2013; paper 01's future work).
     """
-    check_positive(bandwidth=bandwidth)
+    check_bandwidth(bandwidth)
     points = tf.constant(x.reshape(len(x), -1), tf.float64)
     other = tf.constant(np.where(y[:, None] == np.arange(int(y.max()) + 1), 0.0, -np.inf))
 

@@ -105,8 +105,8 @@ def pgd(defence, x, y, threat, *, steps=40, step_size=None, restarts=1, losses=N
 
     step_size : length of a step in pixel units; default 2.5 * eps / steps.
     restarts : number of random starts; restart r uses loss `losses[r % len(losses)]`, each one of `LOSSES` or a
-        function (Outputs, y) -> (n,) to ascend; default those of the path, or else the cross-entropy. The margin does
-        not vanish where the softmax saturates.
+        function (Outputs, y) -> (n,) to ascend; default those of the path, or else the log-odds, whose gradient has
+        the direction of the cross-entropy's and does not vanish where the softmax saturates.
     goal : function (Outputs, labels) -> (n,), above 0 where the attack has won; the iterate that it values most is
         kept. Default `losses.evasion`, with a target `losses.reached`.
     start : images (n, h, w, c) to begin the first run from, e.g. the result at a smaller eps; default a random start.
@@ -114,7 +114,7 @@ def pgd(defence, x, y, threat, *, steps=40, step_size=None, restarts=1, losses=N
     """
     aim, y, found = opened(defence, x, y, threat, path=path, goal=goal, target=target, start=start, seed=seed,
                            batch_size=batch_size, restarts=restarts, steps=steps, step_size=step_size)
-    losses, every = losses if losses is not None else aim.path.losses or ("cross-entropy",), np.arange(len(x))
+    losses, every = losses if losses is not None else aim.path.losses or ("log-odds",), np.arange(len(x))
     _check_losses(losses)
     step_size = step_size or 2.5 * threat.radius(x.shape[1:]) / steps
     if compact:  # what is beaten without an attack is not attacked
@@ -263,7 +263,9 @@ def _compile_objective(outputs):
 
     def objective(flat, original, label, weight):
         image = tf.constant(flat.reshape(original.shape), tf.float32)
-        gradient, value = gradient_and_value(image, label, original, tf.constant(weight, tf.float32))
-        return float(value[0]), gradient.numpy().astype("float64").ravel()
+        gradient, value = (part.numpy() for part in gradient_and_value(image, label, original,
+                                                                       tf.constant(weight, tf.float32)))
+        check_finite(gradient, value)  # SciPy would stop at once, as if there were nothing to find
+        return float(value[0]), gradient.astype("float64").ravel()
 
     return objective

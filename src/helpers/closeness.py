@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -11,9 +12,21 @@ from helpers.models import graph_of, part, predict
 FLOOR = 1e-7  # of a class's mean share, so that a unit which that class never uses costs much and not infinitely much
 
 
+def check_bandwidth(bandwidth):
+    """Raise ValueError unless `bandwidth` is a number > 0 whose square, by which distances are divided, is one."""
+    check_positive(bandwidth=bandwidth)
+    if bandwidth is None or not 1e-18 < bandwidth < 1e18:
+        raise ValueError(f"bandwidth is {bandwidth}; expected a number between 1e-18 and 1e18: float32 holds the "
+                         "squares of no others")
+
+
 def last_hidden(model):
     """The part of `model`, a Keras network, from images to what enters its last layer, (n, d); dropout must be off."""
-    return graph_of(model, "last hidden", lambda: part(model, model.layers[-1].input))
+    def build():
+        hidden = model.layers[-1].input
+        return part(model, keras.ops.cast(hidden, "float32") if hidden.dtype in ("float16", "bfloat16") else hidden)
+
+    return graph_of(model, "last hidden", build)
 
 
 def activations(model, x, batch_size=1000):
@@ -44,7 +57,7 @@ class Closeness:
         Raises ValueError for a bandwidth <= 0, a class without an image, and negative activations to be divided by
         their sum.
         """
-        check_positive(bandwidth=bandwidth)
+        check_bandwidth(bandwidth)
         if known("pmf", pmf, DISTRIBUTIONS) == "sum" and np.min(features) < 0:
             raise ValueError(f"features go down to {np.min(features):.3g}; expected none below 0, or pmf='softmax'")
         labels = check_labels(labels, len(features), classes)

@@ -69,6 +69,7 @@ def area(positives, negatives):
     versions are not independent.
     """
     negatives = np.atleast_2d(negatives)
+    _check_some(positives=positives)
     n, flat = len(positives), negatives.ravel()
     rank = rankdata(np.concatenate([positives, flat]))
     above = (rank[:n] - rankdata(positives)) / len(flat)  # share of the negatives below each positive
@@ -89,8 +90,9 @@ class Detector:
         """Fit to `columns` of two frames of features: of adversarial images, and of clean and noisy ones.
 
         Features are scaled to unit variance, so that the regression's penalty treats them alike. Raises ValueError
-        for a column that is not finite.
+        for a column that is not finite, and where one of the frames is empty.
         """
+        _check_some(positives=positives, negatives=negatives)
         columns, x = list(columns), pd.concat([positives, negatives])
         if bad := [name for name in columns if not np.isfinite(x[name]).all()]:
             raise ValueError(f"features {bad} hold values that are not finite")
@@ -106,6 +108,7 @@ class Detector:
 
     def auc(self, positives, negatives):
         """Area under the ROC curve on two frames, which should be of other images than `fit` saw."""
+        _check_some(positives=positives, negatives=negatives)
         scores = np.concatenate([self.score(positives), self.score(negatives)])
         return float(roc_auc_score(np.repeat([1, 0], [len(positives), len(negatives)]), scores))
 
@@ -113,7 +116,14 @@ class Detector:
         """Log-odds above which that share of `clean` images, a frame of validation images, would be rejected."""
         if not 0 < false_reject_rate < 1:
             raise ValueError(f"false_reject_rate is {false_reject_rate}; expected a number between 0 and 1")
+        _check_some(clean=clean)
         return float(np.quantile(self.score(clean), 1 - false_reject_rate))
+
+
+def _check_some(**frames):
+    for name, frame in frames.items():
+        if not len(frame):
+            raise ValueError(f"{name} is empty; expected the features of one image or more")
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,11 +13,11 @@ import scipy.stats
 import tensorflow as tf
 
 from helpers import attacks, flags, soundness, standard
-from helpers.checks import check_labels
+from helpers.checks import check_grid, check_labels
 from helpers.defence import Path, answers, as_defence, way
 from helpers.losses import cross_entropy, evasion, margin
 from helpers.models import as_float64, randomised
-from helpers.search import Found, input_gradient, single
+from helpers.search import DRAWS, Found, input_gradient, single
 from helpers.threat import ThreatModel, diameter
 
 GRADIENT_ERROR = 1e-3  # relative; differences in float64 are right to about 1e-7
@@ -58,14 +58,14 @@ def survivors(defence, grid, x, y, *, norm="linf", path=None, attack=attacks.pgd
     """Which images survive an attack at each eps: the worst case over this eps and all smaller ones.
 
     Only images that still stand are attacked, starting from the result at the last eps; `options` go to the attack
-    (steps, restarts, losses ...). A refused image survives. `grid`: rising eps values in [0, 1] pixel units; 0 means no
-    attack. Returns (len(grid), n) bool; its row means are the security curve.
+    (steps, restarts, losses ...). A refused image survives. What the attack found on a random defence, the luckiest of
+    its draws, is asked afresh. `grid`: rising eps values in [0, 1] pixel units; 0 means no attack. Returns
+    (len(grid), n) bool; its row means are the security curve.
     """
-    if not (len(grid) and np.isfinite(grid).all() and min(grid) >= 0 and (np.diff(grid) > 0).all()):
-        raise ValueError(f"grid is {list(grid)}; expected rising eps values >= 0")
+    check_grid(grid)
     defence = as_defence(defence)
     path, start, rows = way(defence, path, seed), x.copy(), []
-    standing = outcomes(defence, x, y) != 2
+    standing = _stand(defence, x, y)
     for eps in grid:
         left = np.flatnonzero(standing)
         if eps > 0 and left.size:
@@ -73,8 +73,16 @@ def survivors(defence, grid, x, y, *, norm="linf", path=None, attack=attacks.pgd
             found = attack(defence, x[left], y[left], ThreatModel(norm, float(eps)), path=path, start=warm,
                            compact=True, seed=seed, **options)
             start[left], standing[left] = found.images, found.value <= 0
+            if randomised(defence):
+                standing[left] |= _stand(defence, found.images, y[left])
         rows.append(standing.copy())
     return np.array(rows)
+
+
+def _stand(defence, x, y):
+    """Which images do not evade, of a random defence on most of its draws, (n,) bool."""
+    draws = [outcomes(defence, x, y) != 2 for _ in range(DRAWS if randomised(defence) else 1)]
+    return np.mean(draws, axis=0) > 0.5
 
 
 def difference_interval(a, b, confidence=0.95, seed=0):
@@ -84,6 +92,8 @@ def difference_interval(a, b, confidence=0.95, seed=0):
     """
     if np.shape(a) != np.shape(b) or np.ndim(a) != 1:
         raise ValueError(f"a and b have shapes {np.shape(a)} and {np.shape(b)}; expected the same images, (n,) each")
+    if len(a) < 2:
+        raise ValueError(f"a and b are of {len(a)} images; expected two or more")
     delta = np.asarray(a, float) - np.asarray(b, float)
     interval = scipy.stats.bootstrap((delta,), np.mean, n_resamples=2000, confidence_level=confidence, batch=100,
                                      method="percentile", rng=seed).confidence_interval

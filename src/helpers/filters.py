@@ -17,7 +17,7 @@ import scipy.fft
 import tensorflow as tf
 
 from helpers import attacks
-from helpers.checks import check_images, known
+from helpers.checks import check_grid, check_images, known
 from helpers.defence import Behind, Path, StraightThrough, answers
 from helpers.models import graph_of, predict
 from helpers.threat import ThreatModel
@@ -321,8 +321,7 @@ def survivors(defence, grid, x, y, *, names, steps=20, losses=("margin", "cross-
     (paths, eps, n) bool, who stands after each path was added, and (eps, n) bool, who stands on the best images when
     they are rounded to 8 bits.
     """
-    if not (len(grid) and np.isfinite(grid).all() and min(grid) > 0 and (np.diff(grid) > 0).all()):
-        raise ValueError(f"grid is {list(grid)}; expected rising eps values > 0")
+    check_grid(grid, ">")
     paths = defence.paths(seed)
     chosen = [paths[known("names", name, paths)] for name in names]
     clean = attacks.evasion(answers(defence, x), y).numpy() <= 0

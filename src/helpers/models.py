@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import operator
 import os
+import re
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import MethodType
 
@@ -152,14 +155,19 @@ def inception(input_shape=(64, 64, 3), classes=10, *, width=16, blocks=(1, 2, 2)
 def as_float64(model):
     """A copy of `model`, a Keras network or layer, that computes in float64, for checks by finite differences.
 
-    Any other object is asked by its own method `as_float64`; TypeError where it has none.
+    Any other object is asked by its own method `as_float64`; TypeError where it has none, and for a network that Keras
+    cannot copy, such as one with a lambda.
     """
     if hasattr(model, "as_float64"):
         return model.as_float64()
     if not isinstance(model, keras.Layer):
         raise TypeError(f"model is {type(model).__name__}; expected a Keras network, which can be copied in float64")
-    config = json.loads(json.dumps(model.get_config()).replace('"float32"', '"float64"'))
-    copy = type(model).from_config(config)
+    try:
+        config = re.sub(r'"(mixed_)?b?float(16|32)"', '"float64"', json.dumps(model.get_config()))
+        copy = type(model).from_config(json.loads(config))
+    except Exception as error:  # of many kinds
+        kind = type(model).__name__
+        raise TypeError(f"model is {kind}, of which Keras makes no copy in float64: {error!s:.200}") from error
     copy.set_weights(model.get_weights())
     return copy
 
@@ -214,18 +222,39 @@ def _check_steady(model, x, calls=3):
 
 
 class _Graphs(dict):
-    """What is kept for `owner`; a copy of the owner, or one from a pickle, begins without."""
+    """What is kept for `owner`, made of `parts`; a copy of the owner, or one from a pickle, begins without."""
 
-    def __init__(self, owner=None):
+    def __init__(self, owner=None, parts=()):
         super().__init__()
-        self.owner = owner
+        self.owner, self.parts = owner, parts
 
     def __reduce__(self):
         return _Graphs, ()
 
+    def fit(self, owner, parts):
+        """Whether this was made for the `owner` as it is now."""
+        same = len(parts) == len(self.parts) and all(map(operator.is_, parts, self.parts))
+        return self.owner is owner and same
+
+
+def _parts(owner, seen):
+    """The layers and activations below `owner`, a network or an object that holds some: with others it is another."""
+    if id(owner) in seen or isinstance(owner, layers.InputLayer):
+        return []
+    seen.add(id(owner))
+    if isinstance(owner, keras.Layer) and not isinstance(owner, keras.Model):
+        return [owner, getattr(owner, "activation", None)]
+    if isinstance(owner, keras.Model):
+        below = owner.layers
+    else:
+        held = [value for name, value in getattr(owner, "__dict__", {}).items() if name != "__graphs__"]
+        each = chain.from_iterable(value if isinstance(value, tuple) else (value,) for value in held)
+        below = [value for value in each if isinstance(value, keras.Layer) or hasattr(value, "randomised")]
+    return [part for value in below for part in _parts(value, seen)]
+
 
 def graph_of(owner, key, build):
-    """`build()`, kept on `owner` for the next call with this `key`, and gone with it.
+    """`build()`, kept on `owner` for the next call with this `key`, and gone with it, or when its layers change.
 
     For a method it is kept on its object. An object that takes no attributes keeps nothing. The attribute's name makes
     Keras overlook it, and so it is in no file, configuration or copy.
@@ -233,9 +262,9 @@ def graph_of(owner, key, build):
     owner, key = (owner.__self__, (owner.__func__, key)) if isinstance(owner, MethodType) else (owner, key)
     if not isinstance(attributes := getattr(owner, "__dict__", None), dict):
         return build()
-    graphs = attributes.get("__graphs__")
-    if graphs is None or graphs.owner is not owner:
-        graphs = attributes["__graphs__"] = _Graphs(owner)
+    graphs, parts = attributes.get("__graphs__"), _parts(owner, set())
+    if graphs is None or not graphs.fit(owner, parts):
+        graphs = attributes["__graphs__"] = _Graphs(owner, parts)
     if key not in graphs:
         while len(graphs) >= _KEPT:  # a loss of its own for every call would fill the memory
             del graphs[next(iter(graphs))]
@@ -272,9 +301,18 @@ def predict(model, x, batch_size):
 
 
 def check_size(model, x):
-    """Raise ValueError unless the Keras network `model` takes images of the size of `x`."""
+    """Raise ValueError unless the Keras network `model` takes one batch of images, of the size of `x`, and gives one.
+
+    A subclass of keras.Model says neither beforehand.
+    """
+    if not hasattr(model, "input_shape"):
+        return
+    for side, word in ((model.inputs, "takes"), (model.outputs, "gives")):
+        if len(side) != 1:
+            raise ValueError(f"model {word} {len(side)} tensors; expected one, " +
+                             ("images" if side is model.inputs else "logits (n, classes)"))
     expected = model.input_shape[1:]
-    if any(side not in (None, given) for side, given in zip(expected, x.shape[1:], strict=True)):
+    if len(expected) != 3 or any(side not in (None, given) for side, given in zip(expected, x.shape[1:], strict=True)):
         turned = expected == (x.shape[3], *x.shape[1:3]) and expected != x.shape[1:]
         raise ValueError(f"x holds images {x.shape[1:]}; expected {expected}, the size that the network takes"
                          + (": it has channels first, so put a Permute((3, 1, 2)) before it" if turned else ""))
@@ -292,6 +330,9 @@ def check_logits(logits):
 
 def save(model, folder):
     """Keep `model` in `folder` as <its `digest`>.keras and return that file name."""
+    if code := [layer.name for layer in _parts(model, set()) if isinstance(layer, layers.Lambda)]:
+        raise ValueError(f"model holds the Lambda layers {code}, whose code no file may bring back; expected layers of "
+                         "a class that is registered with Keras, or keras.ops")
     path = Path(folder) / f"{digest(model)}.keras"
     if not path.exists():
         with files.atomic(path) as temporary:
@@ -332,5 +373,7 @@ def _nameless(config, places=None):
         return config
     if isinstance(layers := config.get("layers"), list):
         places = {layer["config"]["name"]: place for place, layer in enumerate(layers)}
+        if isinstance(config.get("dtype"), dict):  # the layers have their own, and Keras's file forgets a Sequential's
+            config = config | {"dtype": config["dtype"] | {"config": {"name": "float32"}}}
     dropped = ("name", "build_config", "compile_config", "trainable")
     return {key: _nameless(value, places) for key, value in config.items() if key not in dropped}

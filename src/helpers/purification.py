@@ -10,7 +10,7 @@ from skimage.restoration import denoise_tv_chambolle
 
 from helpers import training
 from helpers.checks import check_images, check_labels, check_positive, known
-from helpers.defence import Behind, Outputs, Path, as_defence, check_defence
+from helpers.defence import Behind, Outputs, Path, as_defence, check_defence, check_numbers
 from helpers.filters import chambolle
 from helpers.losses import cross_entropy
 from helpers.models import as_float64, inference, predict
@@ -203,7 +203,9 @@ def right(defence, x, y, batch_size=50):
 
     With more than 50 images at once the maps of a deep network no longer fit a processor's cache.
     """
-    return predict(as_defence(defence), x, batch_size).logits.argmax(axis=1) == y
+    logits = predict(as_defence(defence), x, batch_size).logits
+    check_numbers(logits)
+    return logits.argmax(axis=1) == y
 
 
 # ── Purification as a detector ──

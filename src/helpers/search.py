@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from helpers.checks import check_images, check_labels, check_positive
+from helpers.checks import check_images, check_labels, check_positive, check_seed
 from helpers.defence import as_defence, check_defence, check_numbers, check_outputs, way
 from helpers.losses import evasion, reached
 from helpers.models import graph_of, predict, randomised
@@ -90,6 +90,7 @@ def opened(defence, x, y, threat, *, path=None, goal=None, target=None, start=No
     """
     check_images(x, bounds=threat.bounds)
     check_positive(batch_size=batch_size, **positive)
+    check_seed(seed)
     defence = as_defence(defence)
     classes, path = check_defence(defence, x), way(defence, path, seed)
     if path.outputs is not defence and (other := check_outputs(path.outputs, x, "path")) != classes:

@@ -216,6 +216,7 @@ def fab(defence, x, y, threat, *, steps=100, targets=9, smallest=False, path=Non
             active, chunk = np.flatnonzero(length > reach), min(10, steps - done)
             advance(loop, active, batch_size, (current, best, length), (x, y, target), chunk)
             found.steps[active] += chunk
+        check_finite(current)
     rows = np.flatnonzero((length > reach) & (length < np.inf))
     if rows.size:
         best[rows] = _shortened(aim, x[rows], y[rows], best[rows])

@@ -1,6 +1,7 @@
 """What the attacker may do: a norm, a radius and the range of valid pixels."""
 
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import tensorflow as tf
@@ -25,8 +26,8 @@ class ThreatModel:
     def __post_init__(self):
         if self.norm not in NORMS:
             raise ValueError(f"norm is {self.norm!r}; expected one of {NORMS}")
-        if not self.eps >= 0:
-            raise ValueError(f"eps is {self.eps}; expected a number >= 0, in [0, 1] pixel units")
+        if not isinstance(self.eps, Real) or not self.eps >= 0:
+            raise ValueError(f"eps is {self.eps!s:.80}; expected a number >= 0, in [0, 1] pixel units")
         low, high = (float(bound) for bound in self.bounds)
         object.__setattr__(self, "bounds", (low, high))  # a tuple, so that compiled graphs can be kept by it
         if not low < high:

@@ -7,12 +7,12 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from helpers.checks import check_images, check_labels, check_positive
+from helpers.checks import check_images, check_labels, check_positive, check_seed
 from helpers.defence import as_defence, check_defence
 from helpers.evaluation import score
 from helpers.losses import cross_entropy
 from helpers.models import inference, inner_graph, traced
-from helpers.search import input_gradient
+from helpers.search import input_gradient, single
 from helpers.threat import ThreatModel, projection
 
 
@@ -45,7 +45,7 @@ class Adversary:
             x_adv = tf.clip_by_value(x + noise, 0.0, 1.0)
         project = projection(x, "linf", self.eps, (0.0, 1.0))
         for _ in range(self.steps):
-            gradient, *_ = input_gradient(inference(model), cross_entropy, x_adv, y)
+            gradient, *_ = input_gradient(lambda x: single(inference(model)(x)), cross_entropy, x_adv, y)
             x_adv = project(x_adv + step_size * tf.sign(gradient))
         return tf.stop_gradient(x_adv)
 
@@ -73,7 +73,7 @@ def fit(model, x, y, *, epochs, batch_size=364, learning_rate=1e-3, adversary=No
             adversarial = adversary.craft(model, images, labels, seed)
             images = tf.concat([images, adversarial], 0) if adversary.mixed else adversarial
             labels = tf.concat([labels, labels], 0) if adversary.mixed else labels
-        logits = model(images, training=True)
+        logits = single(model(images, training=True))
         return cross_entropy(logits, labels), tf.argmax(logits, axis=1) == labels
 
     def after(model):
@@ -95,6 +95,7 @@ def descend(model, losses_of, arrays, *, epochs, batch_size, learning_rate, afte
     a loss that is not finite.
     """
     check_positive(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate)
+    check_seed(seed)
     arrays = tuple(map(tf.constant, arrays))
     epoch = _epoch(model, losses_of, arrays, min(batch_size, len(arrays[0])), learning_rate, owner or model)
     rng, history = np.random.default_rng(seed), {}
@@ -111,13 +112,15 @@ def descend(model, losses_of, arrays, *, epochs, batch_size, learning_rate, afte
 def _epoch(model, losses_of, arrays, batch_size, learning_rate, owner):
     """Compile one pass over the data, given the order of the images; the last batch may be smaller."""
     optimizer = keras.optimizers.Adam(learning_rate)
+    if any(layer.compute_dtype == "float16" for layer in model.layers):  # whose gradients would underflow
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
     optimizer.build(model.trainable_variables)
     batches = -(-len(arrays[0]) // batch_size)
 
     def step(*batch):
         with tf.GradientTape() as tape:
             losses, hits = losses_of(*batch)
-            loss = tf.reduce_mean(losses)
+            loss = optimizer.scale_loss(tf.reduce_mean(losses))
         optimizer.apply(tape.gradient(loss, model.trainable_variables))
         counted = [tf.reduce_sum(losses), tf.reduce_sum(tf.cast(hits, tf.float32)), tf.cast(tf.size(hits), tf.float32)]
         return tf.stack(counted)

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from helpers.checks import check_images
+from helpers.checks import check_images, check_seed
 from helpers.models import graph_of, randomised
 
 METRICS = ("confidence", "entropy", "variance", "mutual information")
@@ -24,7 +24,7 @@ def thinned(model, draws, seed=0):
     """
     rates, rng = _rates(model, draws), np.random.default_rng(seed)
     kept = [rng.random((draws, *model.layers[i].output.shape[1:])) >= rate for i, rate in rates.items()]
-    masks = [(k / (1 - rate)).astype(model.compute_dtype) for k, rate in zip(kept, rates.values(), strict=True)]
+    masks = [(k / (1 - rate)).astype(_wide(model)) for k, rate in zip(kept, rates.values(), strict=True)]
     return partial(_voter(model, rates), masks=masks)
 
 
@@ -38,7 +38,7 @@ def fresh(model, draws):
         for i, rate in rates.items():
             shape = (draws, *model.layers[i].output.shape[1:])
             kept = tf.random.stateless_uniform(shape, tf.stack([seed, tf.cast(i, seed.dtype)])) >= rate
-            masks.append(tf.cast(kept, model.compute_dtype) / (1 - rate))
+            masks.append(tf.cast(kept, _wide(model)) / (1 - rate))
         return voted(x, masks)
 
     return probabilities
@@ -60,6 +60,11 @@ def _rates(model, draws):
     return {i: model.layers[i].rate for i in dropouts}
 
 
+def _wide(model):
+    """In what probabilities of `model` are counted: float16 has no digits for what draws disagree about."""
+    return "float64" if model.compute_dtype == "float64" else "float32"
+
+
 def _voter(model, rates):
     """Function of images and masks of each dropout: probabilities (draws, n, classes) of the networks that are left."""
     first = min(rates)
@@ -68,13 +73,13 @@ def _voter(model, rates):
     def vote(hidden, *masks):
         masks = iter(masks)
         for i, layer in enumerate(model.layers[first:], first):
-            hidden = hidden * next(masks) if i in rates else layer(hidden, training=False)
-        return tf.nn.softmax(hidden)
+            hidden = hidden * tf.cast(next(masks), hidden.dtype) if i in rates else layer(hidden, training=False)
+        return tf.nn.softmax(tf.cast(hidden, _wide(model)))
 
     def voted(x, masks):
         for layer in model.layers[:first]:
             x = layer(x, training=False)
-        return tf.map_fn(lambda masks: vote(x, *masks), masks, fn_output_signature=model.compute_dtype)
+        return tf.map_fn(lambda masks: vote(x, *masks), masks, fn_output_signature=_wide(model))
 
     return voted
 
@@ -82,6 +87,7 @@ def _voter(model, rates):
 def sample(model, x, *, draws=50, seed=0, batch_size=500):
     """Probabilities (draws, n, classes) float32 of images `x` (n, h, w, c) in [0, 1] under `thinned(model, draws)`."""
     check_images(x)
+    check_seed(seed)
     graph = graph_of(model, ("thinned", draws, seed),
                      lambda: tf.function(thinned(model, draws, seed), reduce_retracing=True))
     return np.concatenate([graph(tf.constant(x[i : i + batch_size])) for i in range(0, len(x), batch_size)], axis=1)

@@ -71,11 +71,28 @@ import tensorflow as tf
 from conftest import RECORD, ROOT, commit
 from keras import layers
 from test_records import git
-from toys import LINEAR, MANY, NET, SHAPE, N, X, Y, network, steady, three_classes
+from toys import LINEAR, MANY, NET, SHAPE, N, X, Y, linear, margins, network, rng_images, steady, three_classes
 
-from helpers import attacks, data, evaluation, execution, models, records, svm, training
+from helpers import (
+    adaptive,
+    attacks,
+    closeness,
+    data,
+    detection,
+    evaluation,
+    execution,
+    filters,
+    models,
+    purification,
+    records,
+    rejection,
+    svm,
+    training,
+    uncertainty,
+)
 from helpers.book import same_code
 from helpers.closeness import Closeness
+from helpers.defence import Network
 from helpers.detection import FEATURES, Detector
 from helpers.rejection import SVM
 from helpers.site import _page
@@ -129,6 +146,71 @@ def test_machines_score_alike_far_from_zero():
     exact = np.exp(-0.5 * ((wide[:, None] - wide) ** 2).sum(axis=-1)) @ weights
     found = SVM.of(h, weights, np.zeros(2), 0.5, 1.0).scores(tf.constant(wide))
     np.testing.assert_allclose(found, exact, atol=1e-4)
+
+
+def test_saturated_logits_leave_what_their_twin_leaves():
+    near = linear(bias=-float(np.median(margins(LINEAR, X, np.zeros(N, int)))))
+    y, curves = evaluation.logits(near, X).argmax(axis=1), []
+    for model in (near, steady(lambda x: 1000 * near(x))):
+        curves.append(evaluation.survivors(model, [0, 0.01, 0.02, 0.05], X, y, steps=10))
+    np.testing.assert_array_equal(*curves)
+    assert curves[0][0].all() and curves[0][-1].mean() < 0.2
+
+
+def test_the_images_of_a_diverged_network_are_neither_right_nor_wrong():
+    model = bare()
+    model.layers[-1].set_weights([np.nan * MANY, np.zeros(3)])
+    for measure in (evaluation.score, purification.right):
+        with pytest.raises(ValueError, match="gives NaN on some images"):
+            measure(model, X, Y)
+
+
+def test_an_activation_that_is_changed_counts_from_the_next_call_on():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([layers.Input(SHAPE), layers.Flatten(), layers.Dense(8, "relu"), layers.Dense(3)])
+    outer = keras.Sequential([layers.Input(SHAPE), model])
+    whole, held = filters.defend(outer, "bits", 6), Network(outer)
+
+    def attacked():
+        evaluation.logits(model, X), closeness.activations(model, X)
+        return [attacks.pgd(each, X, Y, LINF, steps=3, path=path).images
+                for each, path in ((model, None), (outer, None), (held, None), (whole, "BPDA"))]
+
+    before = attacked()
+    model.layers[1].activation = keras.activations.tanh
+    for one, other in zip(before, attacked(), strict=True):
+        assert np.abs(one - other).max() > 1e-3
+    np.testing.assert_allclose(evaluation.logits(model, X), model(X, training=False), atol=1e-5)
+    hidden = np.tanh(X.reshape(N, -1) @ model.layers[1].kernel.numpy())
+    np.testing.assert_allclose(closeness.activations(model, X), hidden, atol=1e-5)
+
+
+def test_a_layer_that_is_replaced_or_dropped_counts_from_the_next_call_on():
+    model = keras.Sequential([layers.Input(SHAPE), *bare().layers, layers.Softmax()])
+    with pytest.raises(ValueError, match="drop its softmax"):
+        evaluation.logits(model, X)
+    model.pop()
+    np.testing.assert_allclose(evaluation.logits(model, X), evaluation.logits(three_classes, X), atol=1e-5)
+    model.pop()
+    model.add(layers.Dense(4))
+    np.testing.assert_allclose(evaluation.logits(model, X), model(X, training=False), atol=1e-5)
+
+
+def test_the_gradient_of_mixed_precision_is_that_of_its_copy_in_float64():
+    errors, kinked = evaluation.gradient_errors(mixed(), X, Y)
+    assert errors[~kinked].max() < 1e-5
+    assert {weights.dtype for weights in models.as_float64(mixed()).get_weights()} == {np.dtype("float64")}
+
+
+def test_a_network_that_draws_does_not_fall_because_it_is_asked_often():
+    """Each image is right on 85 % of the draws, whatever so small a change is: one of many medians is not."""
+    rng, y = np.random.default_rng(0), np.zeros(200, int)
+
+    def coin(x):
+        return np.where(rng.random((len(x), 1)) < 0.85, [[2.0, 0.0]], [[0.0, 2.0]]).astype("float32")
+
+    curve = evaluation.survivors(coin, [0, 1e-6, 1e-5], np.resize(X, (200, *SHAPE)), y, steps=40).mean(axis=1)
+    assert curve.min() > 0.97
 
 
 # ── Labels and images ──
@@ -192,11 +274,66 @@ def test_a_network_of_mixed_precision_is_attacked_in_float32(attack):
     assert (found.images != X[: len(found.images)]).any() or attack is ATTACKS["lbfgs"]  # in so few steps
 
 
+def test_mixed_precision_trains_and_its_file_is_found(tmp_path):
+    model, before = mixed(), mixed()
+    assert models.digest(model) == models.digest(before)
+    for adversary in (None, training.Adversary(0.1)):
+        history = training.fit(model, X, Y, epochs=20, learning_rate=0.01, adversary=adversary, validation=(X, Y))
+        assert history["loss"][-1] < history["loss"][0] and history["validation_loss"][-1] < np.log(3)
+    again = models.load(tmp_path / models.save(model, tmp_path))
+    np.testing.assert_array_equal(evaluation.logits(again, X), evaluation.logits(model, X))
+    np.testing.assert_allclose(uncertainty.sample(again, X, draws=3), uncertainty.sample(model, X, draws=3), atol=1e-3)
+
+
+def test_mixed_precision_is_measured_in_float32():
+    model = mixed()
+    votes, hidden = uncertainty.sample(model, X, draws=5), closeness.activations(model, X)
+    assert votes.dtype == hidden.dtype == np.float32
+    np.testing.assert_allclose(votes.sum(axis=2), 1, atol=1e-6)
+    near = Closeness.fit(closeness.activations(model, rng_images(60)), np.arange(60) % 3, 1.0, 3)
+    table = detection.features(model, X, near.thin(10), draws=2)
+    assert np.isfinite(table[[*FEATURES]].to_numpy()).all()
+    whole = detection.Guarded(model, Detector(dict.fromkeys(FEATURES, 0.1), 0.0), near, 0.0, draws=2)
+    assert np.isfinite(attacks.pgd(whole, X, Y, L2, steps=2, path="EOT").value).all()
+
+
 def test_a_lambda_layer_is_attacked_like_what_it_computes():
     twice = keras.Sequential([layers.Input(SHAPE), layers.Lambda(lambda x: 2 * x), layers.Flatten(), layers.Dense(3)])
     twice.layers[-1].set_weights([MANY / 2, np.zeros(3)])
     np.testing.assert_allclose(ATTACKS["pgd"](twice, X, Y).images, ATTACKS["pgd"](three_classes, X, Y).images,
                                atol=1e-5)
+
+
+def test_a_lambda_layer_is_refused_before_it_is_in_a_file_that_nobody_can_read(tmp_path):
+    inner = keras.Sequential([layers.Input(SHAPE), layers.Lambda(lambda x: 2 * x, name="twice")])
+    with pytest.raises(ValueError, match=r"Lambda layers \['twice'\]"):
+        models.save(keras.Sequential([inner, layers.Flatten(), layers.Dense(3)]), tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+@keras.saving.register_keras_serializable("tests")
+class Subclassed(keras.Model):
+    """A network of a class of its own, which knows no shapes beforehand."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.inner = bare()
+
+    def call(self, x, training=False):
+        return self.inner(x, training=training)
+
+
+def test_a_network_of_a_class_of_its_own_is_attacked():
+    np.testing.assert_allclose(ATTACKS["pgd"](Subclassed(), X, Y).images, ATTACKS["pgd"](bare(), X, Y).images)
+    with pytest.raises(ValueError, match="gives shape"):
+        ATTACKS["pgd"](keras.Sequential([layers.Input(SHAPE), layers.Conv2D(3, 3)]), X, Y)
+
+
+def test_a_network_that_cannot_be_copied_in_float64_is_checked_without():
+    twice = keras.Sequential([layers.Input(SHAPE), layers.Lambda(lambda x: 2 * x), layers.Flatten(), layers.Dense(3)])
+    assert [row["passed"] for row in evaluation.gradient_flags(twice, X, Y)] == [True, True]
+    with pytest.raises(TypeError, match="makes no copy in float64"):
+        models.as_float64(twice)
 
 
 def test_a_function_of_numpy_is_evaluated_and_has_no_gradient():
@@ -208,15 +345,24 @@ def test_a_function_of_numpy_is_evaluated_and_has_no_gradient():
     assert not evaluation.gradient_flags(model, X, Y)[0]["passed"]
 
 
-def test_networks_of_other_images_are_refused_by_their_shape():
-    flat, images = keras.Sequential([layers.Input((16,)), layers.Dense(3)]), [keras.Input(SHAPE) for _ in range(2)]
-    several = keras.Model(images, layers.Dense(3)(layers.Flatten()(layers.Add()(images))))
-    for model, shape in ((flat, r"\(16,\)"), (several, r"\[\(None, 4, 4, 1\)\]")):
-        with pytest.raises(ValueError, match=rf"x holds images \(4, 4, 1\); expected {shape}, the size that"):
-            ATTACKS["pgd"](model, X, Y)
+def several(inputs=1, outputs=1):
+    images = [keras.Input(SHAPE) for _ in range(inputs)]
+    flat = layers.Flatten()(layers.Add()(images) if inputs > 1 else images[0])
+    return keras.Model(images, [layers.Dense(3)(flat) for _ in range(outputs)])
 
 
-@pytest.mark.parametrize("name", ["bim", "normalised", "apgd"])
+@pytest.mark.parametrize(("model", "message"), [
+    (keras.Sequential([layers.Input((16,)), layers.Dense(3)]), r"x holds .*\(4, 4, 1\); expected \(16,\), the size"),
+    (several(inputs=2), "model takes 2 tensors; expected one, images"),
+    (several(outputs=2), r"model gives 2 tensors; expected one, logits \(n, classes\)"),
+], ids=["flat", "two inputs", "two outputs"])
+def test_networks_of_another_kind_are_refused_by_what_they_take_and_give(model, message):
+    for door in (ATTACKS["pgd"], evaluation.score):
+        with pytest.raises(ValueError, match=message):
+            door(model, X, Y)
+
+
+@pytest.mark.parametrize("name", ["bim", "normalised", "apgd", "lbfgs", "fab"])
 def test_a_gradient_that_is_nan_is_no_robustness(name):
     x = X.copy()
     x[:, 0, 0] = 0.5  # where the derivative of the root is infinite
@@ -420,3 +566,71 @@ def test_no_folder_of_this_machine_stays_on_a_page(tiny, folder, before):
     commit(book, printed=f"{before}{book.root}/data/x {book.output}/y")
     page = _page(book, "02_tiny", book.committed("02_tiny")[0])
     assert page.cells[-1].outputs[0].text == f"{before}data/x y"
+
+
+# ── Unclear errors ──
+
+FRAME = pd.DataFrame(np.random.default_rng(0).normal(size=(20, 6)), columns=FEATURES)
+HIDDEN = np.abs(np.random.default_rng(0).normal(size=(N, 5))).astype("float32")
+
+
+def brighter(by):
+    x = X.copy()
+    x[0, 0, 0] = np.float32(1) + np.float32(by)
+    return x
+
+
+def sampled(seed):
+    keras.utils.set_random_seed(0)
+    return uncertainty.sample(keras.Sequential([layers.Input(SHAPE), layers.Flatten(), layers.Dropout(0.5),
+                                                layers.Dense(3)]), X, draws=2, seed=seed)
+
+
+@pytest.mark.parametrize("eps", ["8/255", None, [0.1, 0.2], np.array([0.1, 0.2])], ids=str)
+def test_an_eps_that_is_no_number_is_named(eps):
+    for threat in (lambda: ThreatModel("linf", eps), lambda: training.Adversary(eps)):
+        with pytest.raises(ValueError, match=rf"eps is {re.escape(str(eps))}; expected a number >= 0"):
+            threat()
+
+
+@pytest.mark.parametrize("grid", [["8/255"], [None], None, 0.1, "8/255", [[0.1, 0.2]], [0.1, np.inf]], ids=str)
+def test_a_grid_that_is_no_rising_eps_is_named(grid):
+    with pytest.raises(ValueError, match="grid is .*; expected rising eps values >= 0"):
+        evaluation.survivors(NET, grid, X, Y)
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, None, "a", 2**31])
+@pytest.mark.parametrize("call", [
+    lambda seed: attacks.pgd(NET, X, Y, LINF, seed=seed), lambda seed: square(NET, X, Y, LINF, seed=seed),
+    lambda seed: training.fit(bare(), X, Y, epochs=1, seed=seed), sampled], ids=["pgd", "square", "fit", "sample"])
+def test_a_seed_that_is_none_is_named(call, seed):
+    with pytest.raises(ValueError, match=f"seed is {seed!r}; expected a whole number >= 0"):
+        call(seed)
+
+
+@pytest.mark.parametrize("bandwidth", [1e200, 1e-200, None, "silverman"])
+def test_a_bandwidth_without_a_square_is_named(bandwidth):
+    for fit in (lambda: Closeness.fit(HIDDEN, Y, bandwidth, 3), lambda: adaptive.kernel_density(X, Y, bandwidth)):
+        with pytest.raises(ValueError, match=re.escape(f"bandwidth is {bandwidth}; expected a")):
+            fit()
+
+
+LINE = Detector({"KL": 1.0}, 0.0)
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: svm.gram(HIDDEN, "scale"), "gamma is scale; expected a finite number > 0"),
+    (lambda: rejection.fit(bare(), np.repeat(X, 5, 0), np.repeat(Y, 5), layers=(1,), gamma="auto"), "gamma is auto"),
+    (lambda: Detector.fit(FRAME[:0], FRAME), "positives is empty; expected the features of one image or more"),
+    (lambda: Detector.fit(FRAME, FRAME[:0]), "negatives is empty"),
+    (lambda: detection.area([], []), "positives is empty"),
+    (lambda: LINE.auc(FRAME[:0], FRAME), "positives is empty"),
+    (lambda: LINE.threshold(FRAME[:0]), "clean is empty"),
+    (lambda: Closeness.fit(HIDDEN, Y, 1.0, 3).kl(HIDDEN[:0], Y[:0]), "y is empty"),
+    (lambda: evaluation.difference_interval([True], [False]), "a and b are of 1 images; expected two"),
+    (lambda: ATTACKS["pgd"](NET, brighter(1.2e-7), Y), r"in \[0.0, 1.0\], which it leaves by 1.2e-07"),
+    (lambda: ATTACKS["pgd"](NET, brighter(254), Y), r"in \[0.0, 1.0\], which it leaves by 2.5e.02"),
+])
+def test_an_error_says_which_argument_what_came_and_what_was_expected(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
