@@ -57,7 +57,7 @@ def loud(network):
 
 
 strong = partial(apgd, steps=40, restarts=3)
-saturated = partial(attacks.pgd, steps=20)
+saturated = partial(attacks.pgd, steps=20, losses=("cross-entropy",))
 
 
 def one_step(defence, x, y, threat, **options):
