@@ -180,8 +180,7 @@ def _datasets(value):
     from helpers import data
 
     text = json.dumps(value)
-    sums = {name: map(data._SOURCES.get(name, {}).get, ("sha256", "arrays")) for name in data.NAMES}
-    return tuple(name for name in sums if any(word and f'"{word}"' in text for word in (name, *sums[name])))
+    return tuple(name for name in data.NAMES if any(f'"{word}"' in text for word in (name, *data.checksums(name))))
 
 
 def _gpu():

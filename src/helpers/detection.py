@@ -196,8 +196,7 @@ def informed(defence, x, y, threat, *, weights=(Weighed(1.0, 10.0), Weighed(0.1,
     descended in turn, the first from `start`, the others from where the one before has ended. Images that win on what
     is deployed, by the median of its draws, leave. Gives back `Found` by `evasion`.
     """
-    logits = predict(as_defence(defence), x, batch_size).logits
-    order = wrong_classes(logits, y)
+    order = wrong_classes(predict(as_defence(defence), x, batch_size).logits, y)
     found = Found(x.copy(), np.full(len(x), -np.inf, "float32"), np.zeros(len(x), int))
     for k in range(min(targets, order.shape[1])):
         at = (start if start is not None else x).copy()

@@ -50,7 +50,7 @@ paths of Windows                notebooks/test_sources::test_nothing_names_a_pla
 a printed line of 500 kB        book/test_execute::test_a_long_line_is_taken_in_at_once
 workers after SIGTERM           book/test_execute::test_killing_the_command_ends_kernel_and_workers_...
 a data folder with a blank      book/test_commands::test_the_folder_of_the_data_may_be_relative_and_have_a_space
-a folder of another alphabet   book/test_execute::test_below_an_odd_path_in_an_odd_environment
+a folder of another alphabet    book/test_execute::test_below_an_odd_path_in_an_odd_environment
 no HOME, an unknown user        book/test_execute::test_a_user_without_a_home
 """
 
