@@ -1,7 +1,7 @@
 """What an attacker adds who knows that the defence may refuse: the paper's Algorithm 1, and a strong attack.
 
-Both take a `rejection.Rejection`, images `x` (n, h, w, c) float32 in [0, 1], true labels `y` and a `ThreatModel`, and
-give back `Found`. Evading means a wrong class that is not refused; being refused is no success.
+Both take a defence, images `x` (n, h, w, c) float32 in [0, 1], true labels `y` and a `ThreatModel`, and give back
+`Found`. Evading means a wrong class that is not refused; being refused is no success.
 """
 
 import gc
@@ -81,13 +81,18 @@ def strong(
 
     Every restart takes `steps` normalised steps: half of them on the defence with every gamma times `width`, whose
     gradient reaches further, then half on the defence itself. The second restart begins at `nearest_starts`, the others
-    where PGD drives the bare network to the most, the next, ... probable wrong class. Images that evade leave.
+    where PGD drives the bare network to the most, the next, ... probable wrong class. Images that evade leave. A defence
+    that is no `rejection.Rejection`, such as a readout of the binarization test, is followed as it is in both halves,
+    and stands for its own bare network.
     `density`, from `kernel_density`, adds `weight` times the log-density of the wrong class to the loss. `label` is the
     text of the progress bar; None shows none. `path` and `goal` change nothing: this attack chooses its own; they are
     there so that `evaluation` and `standard` can call it as they call others.
     """
     aim, y, found = opened(defence, x, y, threat, goal=margin, batch_size=batch_size, steps=steps, restarts=restarts)
-    soft, order = defence.smoothed(width), wrong_classes(answers(defence.network, x).logits, y)
+    defence = aim.defence
+    soft = defence.smoothed(width) if hasattr(defence, "smoothed") else defence
+    bare = getattr(defence, "network", defence)
+    order = wrong_classes(answers(bare, x).logits, y)
     path = None if density is None else dense(defence, density, weight)
     losses = (margin,) if path is None else path.losses
     found.value[:] = aim.values(x, y)
@@ -100,8 +105,7 @@ def strong(
             start = nearest_starts(defence, x[left], y[left], threat, x_train, y_train)
         else:
             target = order[left, max(0, restart - 1) % order.shape[1]]
-            start = attacks.pgd(defence.network, x[left], y[left], threat, losses=("margin",), target=target,
-                                **options).images
+            start = attacks.pgd(bare, x[left], y[left], threat, losses=("margin",), target=target, **options).images
         aim.offer(found, start, y, left)
         stand = found.value[left] <= 0
         left, start = left[stand], start[stand]

@@ -13,7 +13,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_pre
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.svm import SVC
 
-from helpers import adaptive, attacks, evaluation, models, rejection
+from helpers import adaptive, attacks, evaluation, models, rejection, soundness
 from helpers import svm as svms
 from helpers.defence import Outputs, answers
 from helpers.losses import evasion
@@ -627,6 +627,19 @@ def test_the_strong_attack_passes_the_checks_that_a_weak_one_on_the_same_defence
     assert table["passed"].all() and len(table) == 14, table.to_string()
     table = evaluation.sanity_checks(dnr, NEW, NEW_Y, threat, path="smoothed", **options)
     assert "PGD less a gradient-free attack" in set(table["check"][~table["passed"]]), table.to_string()
+
+
+def test_the_strong_attack_finds_what_is_planted_and_one_that_hardly_moves_does_not(network, dnr):
+    threat, near = ThreatModel("l2", 1.0), ThreatModel("l2", 0.01)
+    strong = partial(adaptive.strong, x_train=X, y_train=Y, steps=30, restarts=3)
+
+    def weak(defence, x, y, threat):
+        return strong(defence, x, y, near, steps=2)
+
+    for model in (network, dnr):  # the readouts that stand in their places have neither layers nor a kernel
+        success, failure = (soundness.binarization(model, attack, NEW[:10], threat, draws=20)[0]["measured"]
+                            for attack in (strong, weak))
+        assert failure < 0.5 < 0.9 <= success, (model, failure, success)
 
 
 def test_algorithm_1_descends_the_hinge_loss_of_the_runner_up(dnr):
