@@ -4,6 +4,7 @@
 """
 
 import base64
+import glob
 import json
 import os
 import re
@@ -339,8 +340,11 @@ def _banners(book, chapter, changed, wrong):
 
 def build(book: Book) -> Path:
     """Render the stage with Jupyter Book, warnings as errors, and put the site in its place; return its first page."""
-    with tempfile.TemporaryDirectory(dir=book.output) as made:
-        command = [Path(sysconfig.get_path("scripts"), "jupyter-book"), "build", book.output / "stage"]
+    with tempfile.TemporaryDirectory(dir=book.output) as made, tempfile.TemporaryDirectory() as plain:
+        pages = book.output / "stage"
+        if glob.escape(pages) != str(pages):  # Sphinx looks for the pages of a folder a[b] in a folder ab
+            pages = shutil.copytree(pages, Path(plain, "stage"))
+        command = [Path(sysconfig.get_path("scripts"), "jupyter-book"), "build", pages]
         options = ["-W", "--keep-going", "-q", "--path-output", made]
         if code := subprocess.run([*command, *options], stdout=subprocess.DEVNULL).returncode:
             raise BookError(f"jupyter-book ended with exit code {code}: its warnings, above, count as errors")

@@ -278,7 +278,7 @@ def test_without_a_terminal_progress_is_a_line_a_cell(tiny):
     {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"HOME": "/proc"}],
     ids=["no locale", "read-only home"])
 def test_below_an_odd_path_in_an_odd_environment(tiny, variables):
-    book = tiny(RECORD, FIGURE, "print('ε')", folder="a folder with ä and 'quote")
+    book = tiny(RECORD, FIGURE, "print('ε')", folder="a folder with ä, [b] and 'quote")
     commit(book)
     done = command("book", "--show", "run", cwd=book.root, **variables)
     assert done.returncode == 0, done.stderr
