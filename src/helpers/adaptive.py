@@ -81,9 +81,9 @@ def strong(
 
     Every restart takes `steps` normalised steps: half of them on the defence with every gamma times `width`, whose
     gradient reaches further, then half on the defence itself. The second restart begins at `nearest_starts`, the others
-    where PGD drives the bare network to the most, the next, ... probable wrong class. Images that evade leave. A defence
-    that is no `rejection.Rejection`, such as a readout of the binarization test, is followed as it is in both halves,
-    and stands for its own bare network.
+    where PGD drives the bare network to the most, the next, ... probable wrong class. Images that evade leave.
+    A defence that is no `rejection.Rejection`, such as a readout of the binarization test, is followed as it is in both
+    halves, and stands for its own bare network.
     `density`, from `kernel_density`, adds `weight` times the log-density of the wrong class to the loss. `label` is the
     text of the progress bar; None shows none. `path` and `goal` change nothing: this attack chooses its own; they are
     there so that `evaluation` and `standard` can call it as they call others.

@@ -95,6 +95,20 @@ def cost(chapters):
 
 
 @main.command()
+@_chapter
+def keep(chapters):
+    """Put the results of finished units under book/units, for a paper run to go on from on another machine.
+
+    For a run that does not fit into one sitting. Networks stay here: a part that is kept half done, with units that
+    would still need a network which others have trained, starts with that training again.
+    """
+    with _book("paper") as this:
+        for chapter in this.chapters(*chapters):
+            archive, units = execution.keep(this, chapter)
+            click.echo(f"to be committed: {archive}, {units} units, {archive.stat().st_size:,} bytes")
+
+
+@main.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--data", "dataset", default="digits", show_default=True, help="Data set of helpers.data.")
 @click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True)

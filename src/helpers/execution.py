@@ -29,11 +29,12 @@ from helpers.book import Book, BookError
 from helpers.files import atomic
 from helpers.records import Record
 from helpers.tracing import changed
-from helpers.units import PACKAGES, kept, versions
+from helpers.units import PACKAGES, kept, pack, unpack, versions
 
 # Processor seconds of a chapter, for each core of the machine. Time on the clock would measure its other work as well.
 LIMITS = {"smoke": 600, "quick": 2400, "paper": 24 * 3600}
 STALLED = 900  # seconds; a chapter at work uses more than a thousandth of a processor, one that sleeps less
+SUFFIX = ".tar.xz"  # of units that are kept in the repository
 # Without the ^, as nbclient has it, a search takes the square of a line's length, and nothing can interrupt it.
 OVERWRITTEN = re.compile(r"^.*\r(?=[^\n])", re.MULTILINE)
 
@@ -55,9 +56,16 @@ class Failure:
 def execute(book: Book, chapters: list[str], seed: int = 0) -> None:
     """Run chapters with papermill, each in a process of its own: in profile smoke a core each, else few at once.
 
+    In profile paper units that `keep` put into the repository count as finished here.
     `seed` is their parameter SEED. Raises BookError with the name, cell and error of every chapter that failed. Such a
     chapter leaves neither notebook nor record, but a note of its failure, which its next run removes.
     """
+    for archive in (_archive(book, chapter) for chapter in chapters if book.profile == "paper"):
+        if archive.exists():
+            try:
+                unpack(archive, book.output / "units" / archive.name.removesuffix(SUFFIX))
+            except ValueError as error:
+                raise BookError(str(error)) from error
     cores = cpu_count()
     jobs = max(1, min(len(chapters), cores if book.profile == "smoke" else cores // 4))  # other units use all cores
     stalled = math.inf if os.environ.get("HELPERS_CLUSTER") else STALLED  # a cluster works while the chapter waits
@@ -90,17 +98,41 @@ def cost(book: Book, chapter: str) -> dict[str, dict]:
     Each has the number of `units` kept, how many run `again`, their `seconds`, and the code that is another today:
     names of helpers, and of the notebook. A unit whose function has changed runs again whatever its arguments.
     """
-    source, today, known, found = book.code(chapter), versions(*PACKAGES), {}, {}
-    for unit in kept(book.output / "units" / chapter):
+    found = {}
+    for unit, why in _units(book, chapter):
         row = found.setdefault(unit["function"], {"units": 0, "again": 0, "seconds": 0.0, "changed": set()})
-        code = tuple(unit["code"].items())  # the same for all units of a run of one function
-        if code not in known:
-            known[code] = changed(unit["code"], source) if code else ["(kept by an earlier layout)"]
-        why = known[code] + [package for package, version in unit["versions"].items() if today[package] != version]
         row["units"], row["changed"] = row["units"] + 1, row["changed"] | set(why)
         if why:
             row["again"], row["seconds"] = row["again"] + 1, row["seconds"] + unit["seconds"]
     return found
+
+
+def keep(book: Book, chapter: str) -> tuple[Path, int]:
+    """Put the results of the chapter's finished units, those that the code as it is still finds, below book/units.
+
+    From there a run in profile paper goes on, on whatever machine. Returns the file, and how many units it has.
+    Raises BookError where there is none.
+    """
+    paths = [unit["path"] for unit, why in _units(book, chapter) if not why]
+    if not paths:
+        raise BookError(f"{chapter}: no finished unit of this code in {book.output / 'units' / chapter}")
+    archive = _archive(book, chapter)
+    pack(archive, book.output / "units" / chapter, paths)
+    return archive, len(paths)
+
+
+def _archive(book, chapter):
+    return book.root / "book/units" / (chapter + SUFFIX)
+
+
+def _units(book, chapter):
+    """Yield what each kept unit was made with, and the names of what is another today, for which it runs again."""
+    source, today, known = book.code(chapter), versions(*PACKAGES), {}
+    for unit in kept(book.output / "units" / chapter):
+        code = tuple(unit["code"].items())  # the same for all units of a run of one function
+        if code not in known:
+            known[code] = changed(unit["code"], source) if code else ["(kept by an earlier layout)"]
+        yield unit, known[code] + [name for name, version in unit["versions"].items() if today[name] != version]
 
 
 def failures(book: Book) -> list[Failure]:

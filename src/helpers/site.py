@@ -260,7 +260,7 @@ def stage(book: Book) -> None:
     """Lay out what Sphinx reads in output/stage: pages, notebooks with outputs and card, and the pages of templates."""
     stage = book.output / "stage"
     shutil.rmtree(stage, ignore_errors=True)
-    unshown = shutil.ignore_patterns("executed", "results", "*.jinja")
+    unshown = shutil.ignore_patterns("executed", "results", "units", "*.jinja")
     shutil.copytree(book.root / "book", stage / "book", ignore=unshown)
     shutil.copy(book.root / "_toc.yml", stage)
     (stage / "_config.yml").write_text(_config(book), encoding="utf-8")

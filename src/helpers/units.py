@@ -4,9 +4,12 @@ import hashlib
 import inspect
 import io
 import json
+import lzma
 import os
+import re
 import shutil
 import sys
+import tarfile
 import time
 import warnings
 from collections.abc import Mapping
@@ -73,6 +76,7 @@ def kept(folder: str | Path) -> list[dict]:
     """Return what the units of a chapter were made with: function, arguments, code, versions and seconds, newest last.
 
     Of several with the same function and arguments it is the newest; what a unit of an earlier layout lacks is empty.
+    Each has the `path` of its file as well.
     """
     newest = {}
     for path in sorted(Path(folder).glob("*/*.npz"), key=lambda path: path.stat().st_mtime):
@@ -82,8 +86,39 @@ def kept(folder: str | Path) -> list[dict]:
                 "function": path.parent.name, "arguments": path.stem, "code": {}, "versions": {}}
         name = about["function"], json.dumps(about["arguments"], sort_keys=True)
         newest.pop(name, None)  # to the end
-        newest[name] = about | {"seconds": seconds}
+        newest[name] = about | {"seconds": seconds, "path": path}
     return list(newest.values())
+
+
+def pack(archive: str | Path, folder: str | Path, paths) -> None:
+    """Write the files `paths` of units in `folder` to `archive`, a compressed tar file; the same give the same bytes.
+
+    Results alone: networks and defences that units hand on stay where they are.
+    """
+    with files.atomic(archive) as temporary, tarfile.open(temporary, "w:xz") as tar:
+        for path in sorted(paths):
+            about = tarfile.TarInfo(path.relative_to(folder).as_posix())
+            about.size = path.stat().st_size
+            with open(path, "rb") as content:
+                tar.addfile(about, content)
+
+
+def unpack(archive: str | Path, folder: str | Path) -> None:
+    """Put the units of `archive` into `folder`, but for those that are there.
+
+    Raises ValueError, which names `archive`, where it is damaged or holds anything but units.
+    """
+    try:
+        content = lzma.decompress(Path(archive).read_bytes())  # whole: its checksum comes last
+        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+            for member in tar:
+                if not (member.isfile() and re.fullmatch(r"\w+/[0-9a-f]{64}\.npz", member.name)):
+                    raise ValueError(f"{member.name!r} in it is not a unit")
+                if not (path := Path(folder, member.name)).exists():
+                    with files.atomic(path) as temporary:
+                        temporary.write_bytes(tar.extractfile(member).read())
+    except (ValueError, tarfile.TarError, lzma.LZMAError) as error:
+        raise ValueError(f"{archive} is damaged: {error}; get it from the repository again") from error
 
 
 def earlier_seconds() -> float:

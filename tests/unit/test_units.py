@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import warnings
 from pathlib import Path
@@ -19,7 +20,7 @@ import papermill
 import pytest
 
 from helpers import execution, tracing, units
-from helpers.book import Book
+from helpers.book import Book, BookError
 
 
 def square(x, log, offset=0):
@@ -454,12 +455,48 @@ def test_the_cost_of_a_change_is_known_before_it_is_paid(chapter, touch, tmp_pat
     (tmp_path / "notebooks").mkdir()
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "notebooks/01_toy.ipynb")
     assert execution.cost(book, "01_toy") == {"unit": {"units": 2, "again": 0, "seconds": 0, "changed": set()}}
+    archive, number = execution.keep(book, "01_toy")
+    assert archive == tmp_path / "book/units/01_toy.tar.xz" and number == 2
     touch("training.Adversary")
     assert execution.cost(book, "01_toy")["unit"]["again"] == 0
     touch("training.descend")
     row = execution.cost(book, "01_toy")["unit"]
     assert row.pop("seconds") > 0
     assert row == {"units": 2, "again": 2, "changed": {"helpers.training.descend"}}
+    with pytest.raises(BookError, match="01_toy: no finished unit of this code"):
+        execution.keep(book, "01_toy")
+
+
+def test_what_is_packed_on_one_machine_is_finished_on_another(tmp_path):
+    grid, here, there = [{"x": x, "log": str(tmp_path / "log")} for x in (2, 3)], tmp_path / "here", tmp_path / "there"
+    found = units.run(square, grid, folder=here, n_jobs=1)
+    paths = [unit["path"] for unit in units.kept(here)]
+    for name, order in (("one", 1), ("two", -1)):
+        units.pack(tmp_path / f"{name}.tar.xz", here, paths[::order])
+    one, two = ((tmp_path / f"{name}.tar.xz").read_bytes() for name in ("one", "two"))
+    assert one == two, "the same units, other bytes"
+    units.unpack(tmp_path / "one.tar.xz", there)
+    units.unpack(tmp_path / "one.tar.xz", there)  # what is there stays
+    for a, b in zip(found, units.run(square, grid, folder=there, n_jobs=1), strict=True):
+        equal(a, b)
+    assert (tmp_path / "log").read_text() == "2\n3\n", "computed again"
+
+
+def test_a_damaged_archive_is_named_and_what_is_no_unit_is_refused(tmp_path):
+    units.run(square, [{"x": 2, "log": str(tmp_path / "log")}], folder=tmp_path / "here", n_jobs=1)
+    archive, (unit,) = tmp_path / "01_toy.tar.xz", units.kept(tmp_path / "here")
+    units.pack(archive, tmp_path / "here", [unit["path"]])
+    whole = archive.read_bytes()
+    for damaged in (whole[:-40], whole[:100] + bytes([whole[100] ^ 1]) + whole[101:], b"", b"no tar"):
+        archive.write_bytes(damaged)
+        with pytest.raises(ValueError, match="01_toy.tar.xz is damaged"):
+            units.unpack(archive, tmp_path / "there")
+    for name in ("../" + "0" * 64 + ".npz", "square/short.npz", "/square/" + "0" * 64 + ".npz"):
+        with tarfile.open(archive, "w:xz") as tar:
+            tar.addfile(tarfile.TarInfo(name))
+        with pytest.raises(ValueError, match="not a unit"):
+            units.unpack(archive, tmp_path / "there")
+    assert not list(tmp_path.rglob("there/**/*.npz"))
 
 
 def test_what_a_notebook_imports_is_known_by_name():
