@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,6 +61,25 @@ def test_a_failing_cell_is_named_and_no_earlier_output_stays(tiny):
     tiny(RECORD)
     execute(book, book.chapters())
     assert not failures(book) and len(status(book)) == 1
+
+
+def test_a_paper_run_goes_on_from_the_units_that_the_repository_keeps(tiny, tmp_path):
+    log = tmp_path / "log"
+    unit = (f"def unit(x):\n    open({str(log)!r}, 'a').write('x')\n    return {{'y': x}}\n"
+            "units.run(unit, [{'x': 1}], folder=files.output('units', '02_tiny'), n_jobs=1)")
+    every = ("from helpers.records import Record, claims\nrecord = Record.start('02_tiny', PROFILE, {})\n"
+             "[record.claim(id, None, 'not tried') for id in claims() if id[:2] == '02']\nrecord.save()")
+    book = tiny("from helpers import files, units", unit, every, profile="paper")
+    with pytest.raises(BookError, match="02_tiny: no finished unit"):
+        execution.keep(book, "02_tiny")
+    execute(book, book.chapters())
+    archive, number = execution.keep(book, "02_tiny")
+    shutil.rmtree(book.output)
+    execute(book, book.chapters())
+    assert number == 1 and log.read_text() == "x", "computed again"
+    archive.write_bytes(archive.read_bytes()[:-9])
+    with pytest.raises(BookError, match="02_tiny.tar.xz is damaged"):
+        execute(book, book.chapters())
 
 
 def test_one_failing_chapter_does_not_hide_the_other(tiny):
