@@ -145,8 +145,8 @@ def compare(path, dataset, images, norm, eps, with_peer):
 
 
 def ratios(rows):
-    """What `TARGETS` are about, of every row."""
-    return {(name, target): value for name, row in rows.items() for target, value in (
+    """What `TARGETS` are about, of every row: "row: target"."""
+    return {f"{name}: {target}": value for name, row in rows.items() for target, value in (
         ("accuracy above AutoAttack's", row["ours"] - row["AutoAttack"]),
         ("AutoAttack's seconds / ours", row["AutoAttack, processor s"] / row["ours, processor s"]))}
 
@@ -164,8 +164,8 @@ def main():
     tables = {"strength": pd.DataFrame.from_dict(rows, orient="index"),
               "cascade": pd.concat(cascades).reset_index(drop=True)}
     if not options.without_peer:
-        targets = {key: TARGETS[key[1]] for key in ratios(rows)}
-        tables["targets"] = verdicts(ratios(rows), targets).rename(index=": ".join)
+        targets = {key: TARGETS[key.partition(": ")[2]] for key in ratios(rows)}
+        tables["targets"] = verdicts(ratios(rows), targets)
     report("strength", options, dataset, tables, peers=units.versions(*PEERS))
 
 
