@@ -99,8 +99,8 @@ def cost(chapters):
 def keep(chapters):
     """Put the results of finished units under book/units, for a paper run to go on from on another machine.
 
-    For a run that does not fit into one sitting. Networks stay here: a part that is kept half done, with units that
-    would still need a network which others have trained, starts with that training again.
+    For a run that does not fit into one sitting. Networks stay here: elsewhere a unit that still needs one of them
+    stops the run, until the file under book/units is removed and the units are computed again.
     """
     with _book("paper") as this:
         for chapter in this.chapters(*chapters):

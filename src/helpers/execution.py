@@ -34,7 +34,6 @@ from helpers.units import PACKAGES, kept, pack, unpack, versions
 # Processor seconds of a chapter, for each core of the machine. Time on the clock would measure its other work as well.
 LIMITS = {"smoke": 600, "quick": 2400, "paper": 24 * 3600}
 STALLED = 900  # seconds; a chapter at work uses more than a thousandth of a processor, one that sleeps less
-SUFFIX = ".tar.xz"  # of units that are kept in the repository
 # Without the ^, as nbclient has it, a search takes the square of a line's length, and nothing can interrupt it.
 OVERWRITTEN = re.compile(r"^.*\r(?=[^\n])", re.MULTILINE)
 
@@ -60,12 +59,8 @@ def execute(book: Book, chapters: list[str], seed: int = 0) -> None:
     `seed` is their parameter SEED. Raises BookError with the name, cell and error of every chapter that failed. Such a
     chapter leaves neither notebook nor record, but a note of its failure, which its next run removes.
     """
-    for archive in (_archive(book, chapter) for chapter in chapters if book.profile == "paper"):
-        if archive.exists():
-            try:
-                unpack(archive, book.output / "units" / archive.name.removesuffix(SUFFIX))
-            except ValueError as error:
-                raise BookError(str(error)) from error
+    for chapter in chapters if book.profile == "paper" else ():
+        _restore(book, chapter)
     cores = cpu_count()
     jobs = max(1, min(len(chapters), cores if book.profile == "smoke" else cores // 4))  # other units use all cores
     stalled = math.inf if os.environ.get("HELPERS_CLUSTER") else STALLED  # a cluster works while the chapter waits
@@ -121,8 +116,17 @@ def keep(book: Book, chapter: str) -> tuple[Path, int]:
     return archive, len(paths)
 
 
+def _restore(book, chapter):
+    """Put what `keep` has put into the repository where a run looks for finished units."""
+    if (archive := _archive(book, chapter)).exists():
+        try:
+            unpack(archive, book.output / "units" / chapter)
+        except ValueError as error:
+            raise BookError(str(error)) from error
+
+
 def _archive(book, chapter):
-    return book.root / "book/units" / (chapter + SUFFIX)
+    return book.root / f"book/units/{chapter}.tar.xz"
 
 
 def _units(book, chapter):

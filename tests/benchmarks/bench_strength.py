@@ -164,8 +164,8 @@ def main():
     tables = {"strength": pd.DataFrame.from_dict(rows, orient="index"),
               "cascade": pd.concat(cascades).reset_index(drop=True)}
     if not options.without_peer:
-        targets = {key: TARGETS[key.partition(": ")[2]] for key in ratios(rows)}
-        tables["targets"] = verdicts(ratios(rows), targets)
+        measured = ratios(rows)
+        tables["targets"] = verdicts(measured, {key: TARGETS[key.partition(": ")[2]] for key in measured})
     report("strength", options, dataset, tables, peers=units.versions(*PEERS))
 
 
