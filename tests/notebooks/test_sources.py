@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 REPOSITORY = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))["repository"]
-LONGEST_CELL, LONGEST_LINE = 20, 78  # a page shows 80 columns
+LONGEST_CELL, MEDIAN_CELL, LONGEST_LINE = 20, 8, 78  # a page shows 80 columns
+LONGER = {"03_blur_preprocessing"}  # its cells are cut with its next paper run, which a change of cells asks for
 MACHINE_PATH = re.compile(r"(?<![\w.~])/(home|root|Users|work|tmp|mnt)/|\b[A-Z]:\\\\")
 
 every_chapter = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
@@ -62,6 +64,8 @@ def test_code_cells_are_short_and_no_line_is_cut_off_on_the_page(path):
     assert not long, f"more than {LONGEST_CELL} lines: {long}"
     wide = {cell.id: line for cell in cells(path) for line in cell.source.splitlines() if len(line) > LONGEST_LINE}
     assert not wide, f"more than {LONGEST_LINE} characters: {wide}"
+    median = statistics.median(len(cell.source.splitlines()) for cell in cells(path))
+    assert (median <= MEDIAN_CELL) != (path.stem in LONGER), f"half of the cells have {median} lines or more"
 
 
 @every_chapter
