@@ -1,4 +1,4 @@
-"""A defence for the arena: it refuses an image that a blurred copy of it makes the network see as something else.
+"""A defence for the arena: it refuses what a blurred copy makes it doubt.
 
 Attack it by: make arena DEFENCE=book/my_defence.py
 """
@@ -23,7 +23,7 @@ class Doubter:
         """What is deployed: logits, and a number above 0 where it refuses."""
         sharp = self.network(x).logits
         blurred = self.network(filters.gaussian(x, 1.0)).logits
-        apart = cross_entropy(blurred, tf.argmax(sharp, axis=1))  # in nats: it does not saturate
+        apart = cross_entropy(blurred, tf.argmax(sharp, axis=1))  # in nats
         return Outputs(sharp, apart - self.threshold)
 
     def paths(self, seed=0):

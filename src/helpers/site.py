@@ -153,6 +153,13 @@ def _with_figures(page, folder, chapter):
     return page
 
 
+def _cover(stage, chapter):
+    """The picture under a staged chapter's title: the head of a figure for a page of the book, empty without one."""
+    page = nbformat.read(stage / f"notebooks/{chapter}.ipynb", 4)
+    found = [cell.source.partition("\n\n")[0] for cell in page.cells if cell.id == "cover"]
+    return found[0].replace(":::{figure} ", ":::{figure} ../notebooks/", 1) if found else ""
+
+
 def _kept(book):
     """The committed records by chapter, judged by today's rules."""
     records = map(Record.load, sorted(book.root.glob("book/results/*/paper.json")))
@@ -276,7 +283,8 @@ def stage(book: Book) -> None:
             "changed": {chapter: book.changed(*book.shown(chapter)) for chapter in shown if shown[chapter]},
             "stale": [chapter for chapter in _kept(book) if book.changed(*book.committed(chapter))],
             "kept": _kept(book), "left": what_is_left(book), "errata": wrong,
-            "runs": status(book), "failures": failures(book), "has_address": is_set(book.root)}
+            "runs": status(book), "failures": failures(book), "has_address": is_set(book.root),
+            "covers": {chapter: _cover(stage, chapter) for chapter in shown}}
     _left_standing(data["left"], stage)
     data |= _board(data["kept"].get("06_arena"), stage)
     _primer(stage)

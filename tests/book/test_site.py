@@ -175,6 +175,17 @@ def test_chapters_have_card_downloads_and_a_way_to_colab(site, folder, pages):
         assert set(found["Claim"]) == {claim.id for claim in record.claims}
 
 
+def test_the_first_page_begins_with_an_adversarial_example(folder):
+    """The picture under the title of a chapter, before the first heading of a part, with a text of its own."""
+    first = (folder / "book/index.html").read_text().split('<section id="the-results-at-a-glance">')[0]
+    assert re.search(r'<img alt="[^"]+" src="\.\./_images/03_blur_preprocessing-[^"]+\.png"', first)
+    assert "a change that nobody would notice" in first.replace("\n", " ")
+
+
+def test_code_on_the_board_is_not_cut_off_on_the_page():
+    assert all(len(line) <= 78 for line in (ROOT / "book/my_defence.py").read_text().splitlines())
+
+
 def test_the_ledger_shows_every_claim(folder):
     text = (folder / "book/ledger.html").read_text()
     assert all(f"<code>{name}</code>" in text for name in claims())
