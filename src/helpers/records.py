@@ -175,7 +175,8 @@ def _ours(claim, ours):
 class Flag(_Strict):
     """Whether one condition of a sound evaluation was met: a row of `helpers.flags`, and what it was checked on.
 
-    `spoils`: beginnings of the ids of the claims whose numbers hang on it; none: all of the chapter.
+    `spoils`: beginnings of the ids of the claims whose numbers hang on it; none: all of the chapter. "NN.beyond" is the
+    beginning of none: what hangs on it goes beyond the paper.
     """
 
     where: str
@@ -264,12 +265,12 @@ class Record(_Strict):
     def flag(self, where: str, rows: Iterable[Mapping] | pd.DataFrame, spoils: Iterable[str] = ()) -> pd.DataFrame:
         """Add rows of `helpers.flags`, checked on `where` (a network, an attack, a data set), and return their table.
 
-        `spoils`: beginnings of the ids whose numbers hang on them; none: all of the chapter.
+        `spoils`: beginnings of the ids whose numbers hang on them, or "NN.beyond"; none: all of the chapter.
         Raises ValueError for a row that was given before, and for a beginning that no claim of the chapter has.
         """
         rows = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows
         found = [Flag(where=where, spoils=list(spoils), **row) for row in rows]
-        known, every = [flag.name for flag in self.flags or []], claims()
+        known, every = [flag.name for flag in self.flags or []], [*claims(), f"{self.chapter[:2]}.beyond"]
         for flag in found:
             if flag.name in known:
                 raise ValueError(f"rows: {flag.name!r} was flagged before")

@@ -404,6 +404,12 @@ def test_a_raised_flag_marks_the_claims_that_hang_on_it():
     assert list(record.comparison()["Note"]) == [f"{mark}; our note"]
 
 
+def test_a_flag_beyond_the_paper_marks_the_run_and_no_claim():
+    record = start("paper")
+    record.flag("our attack", ROWS, spoils=["02.beyond"])
+    assert len(record.raised()) == 1 and not record.raised(ACCURACY) and not record.raised(ORDER)
+
+
 def test_flags_are_kept_and_smoke_judges_nothing(tmp_path):
     record = start("smoke")
     assert record.flags is None  # not the same as: all conditions were met
@@ -415,6 +421,7 @@ def test_flags_are_kept_and_smoke_judges_nothing(tmp_path):
 
 @pytest.mark.parametrize(("rows", "spoils", "message"), [
     (ROWS, ["03.table1"], "spoils: no claim of 02_mixed.* begins with '03.table1'"),
+    (ROWS, ["03.beyond"], "spoils: no claim of 02_mixed.* begins with '03.beyond'"),
     (ROWS, ["02.tabel1"], "spoils: no claim of 02_mixed.* begins with '02.tabel1'"),
     ([*ROWS, ROWS[0]], [], "rows: 'x: accuracy' was flagged before"),
     ([ROWS[0] | {"measured": math.nan}], [], "measured"),
