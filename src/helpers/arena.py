@@ -19,6 +19,7 @@ from tqdm import tqdm
 from helpers import data, evaluation, flags, models, soundness, standard
 from helpers.defence import Path as Way
 from helpers.defence import answers, as_defence, never
+from helpers.search import DRAWS
 from helpers.threat import ThreatModel
 
 SAME = 1000  # test images that all defences of the board meet; a reader's own meets the first of them
@@ -207,7 +208,7 @@ def judge(defence, x, y, threat, *, attacks=None, steps=40, queries=300, checked
     defence = as_defence(defence)
     before, clean = answers(defence, x), evaluation.outcomes(defence, x, y)
     found, table = standard.standard(defence, x, y, threat, attacks=attacks, seed=seed, label=label)
-    worst = np.where(found.value > 0, 2, np.where(evaluation.outcomes(defence, found.images, y) == 1, 1, 0))
+    worst = at_worst(defence, found, y)
     last, few = list(defence.paths(seed).values())[-1], slice(0, checked)
     checks = {
         "sanity": lambda: evaluation.sanity_checks(
@@ -221,9 +222,28 @@ def judge(defence, x, y, threat, *, attacks=None, steps=40, queries=300, checked
     return evaluation.Report(clean, worst, found, table, pd.DataFrame(rows))
 
 
+def settled(defence, x, y):
+    """What becomes of each image, (n,) int as `evaluation.outcomes`: of a random defence by most of its draws."""
+    draws = np.array([evaluation.outcomes(defence, x, y) for _ in range(DRAWS if models.randomised(defence) else 1)])
+    correct, rejected, evaded = (np.mean(draws == i, axis=0) for i in range(3))
+    return np.where(evaded >= 0.5, 2, np.where(rejected >= correct, 1, 0))
+
+
+def at_worst(defence, found, y):
+    """Outcomes (n,) at the images that were `found`.
+
+    An attack keeps the luckiest of many draws of a random defence, so that this is asked afresh, and what it then says
+    goes into `found.value` as well.
+    """
+    outcome = settled(defence, found.images, y)
+    if models.randomised(defence):
+        found.value[:] = np.where(outcome == 2, np.maximum(found.value, 1e-6), np.minimum(found.value, 0.0))
+    return np.where(found.value > 0, 2, np.where(outcome == 1, 1, 0))
+
+
 def _tested(defence, last, x, y, threat, steps, seed):
     """Rows of the binarization test and the indicators of attack failure; a raised one where they cannot be had."""
-    if not len(x) or models.randomised(last.outputs):  # both tests are of one answer an image
+    if not len(x) or models.randomised(defence) or models.randomised(last.outputs):  # both are of one answer an image
         return []
     attack, rows = partial(standard.apgd, steps=steps), []
     for name, test in ((NO_READOUT, partial(soundness.binarization, defence, attack, x)),
