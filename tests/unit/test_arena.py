@@ -12,7 +12,7 @@ import tensorflow as tf
 from click.testing import CliRunner
 
 from helpers import arena, board, cli, data, evaluation, models, report, standard, training
-from helpers.defence import Network, Outputs, Path, answers
+from helpers.defence import Network, OneOf, Outputs, Path, answers
 from helpers.threat import ThreatModel
 
 THREAT = ThreatModel("linf", 0.1)
@@ -217,6 +217,41 @@ constant.randomised = False
 
 def test_a_defence_without_features_cannot_be_tested_and_is_not_sound(quick, dataset):
     assert arena.NO_READOUT in raised(arena.examine(constant, dataset, THREAT, images=8))
+
+
+class Coin:
+    """A defence that is wrong on a share of its draws, whatever the image, and may refuse instead."""
+
+    randomised = True
+
+    def __init__(self, wrong, refuses=False):
+        self.wrong, self.refuses, self.rng = wrong, refuses, np.random.default_rng(0)
+
+    def __call__(self, x):
+        n = len(x)
+        wrong = tf.constant(self.rng.random(n) < self.wrong)
+        label = tf.where(wrong, 1, 0)
+        refused = tf.where(wrong, -1.0, 1.0 if self.refuses else -1.0)
+        return Outputs(5 * tf.one_hot(label, 10), refused)
+
+    def paths(self, seed=0):
+        return {"exact": Path(self)}
+
+
+@pytest.mark.parametrize(("coin", "outcome"), [
+    (Coin(0.2), 0), (Coin(0.8), 2), (Coin(0.2, refuses=True), 1)], ids=["right", "wrong", "refused"])
+def test_a_random_defence_loses_what_most_of_its_draws_lose_and_no_lucky_one(coin, outcome):
+    x, y = np.zeros((200, 2, 2, 1), "float32"), np.zeros(200, int)
+    found = evaluation.Found(x, np.ones(200, "float32"), np.zeros(200, int))  # all of them called beaten
+    assert np.mean(arena.at_worst(coin, found, y) == outcome) > 0.9
+    assert np.mean((found.value > 0) == (outcome == 2)) > 0.9
+
+
+def test_tests_of_one_answer_are_not_made_where_an_image_gets_two(network, dataset):
+    blur = OneOf([network, network])
+    last = list(blur.paths().values())[-1]
+    assert not models.randomised(last.outputs)  # the mean of all
+    assert arena._tested(blur, last, dataset.x_test[:2], dataset.y_test[:2], THREAT, 2, 0) == []
 
 
 def test_a_defence_that_guesses_is_not_sound():
