@@ -23,6 +23,10 @@ def test_chapter(smoke, chapter):
     assert code and all(cell.execution_count for cell in code)
     outputs = [(cell.id, output) for cell in code for output in cell.outputs]
     assert not [cell for cell, output in outputs if output.output_type == "error"]
+    shown = {cell.id for cell in code if "remove-output" not in cell.metadata.get("tags", [])}
+    bare = [cell for cell, output in outputs if cell in shown and output.output_type == "execute_result"
+            and set(output.data) == {"text/plain"}]
+    assert not bare, f"what their last line returns is shown as Python prints it: {bare}"
     figures = {cell: output.metadata.get("image/png", {}) for cell, output in outputs
                if "image/png" in output.get("data", {})}
     assert not [cell for cell, about in figures.items() if not about.get("alt", "").strip()], "what do they show?"
