@@ -86,7 +86,8 @@ def _page(book, chapter, executed):
     """
     page, ran = book.source(chapter), nbformat.read(executed, 4)
     if not same_code(page, ran):
-        page.cells = [nbformat.from_dict({**cell, "metadata": {}}) for cell in written(ran)]
+        page.cells = [nbformat.from_dict({**cell, "metadata": {"tags": cell.metadata.get("tags", [])}})
+                      for cell in written(ran)]
     for cell, done in zip(code_cells(page), code_cells(ran), strict=True):
         outputs = [output for output in done.outputs if output.get("name") != "stderr"]
         cell.outputs = nbformat.from_dict(_without_places(book, outputs))

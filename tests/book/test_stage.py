@@ -64,6 +64,17 @@ def test_a_copy_with_other_code_is_shown_as_it_is_and_says_so_everywhere(tiny):
     build(book)
 
 
+def test_a_copy_with_other_code_keeps_its_folds_and_no_other_metadata(tiny):
+    book = tiny(RECORD)
+    commit(book)
+    executed = book.committed("02_tiny")[0]
+    ran = nbformat.read(executed, 4)
+    ran.cells[-1].metadata.update(tags=["hide-input"], papermill={"duration": 1.0})
+    nbformat.write(ran, executed)
+    tiny(RECORD + "\nprint('new')")
+    assert page(book).cells[-1].metadata == {"tags": ["hide-input"]}
+
+
 def test_numbers_of_other_helpers_are_shown_and_said_to_be_so_everywhere(tiny, monkeypatch):
     book, sentence = tiny(RECORD), "Its numbers were computed with earlier helpers."
     commit(book)
