@@ -205,7 +205,7 @@ def test_a_remote_request_or_an_error_would_be_seen(folder, visit):
 
 
 def test_chapters_end_as_long_as_their_folds_are_closed(site, folder, visit):
-    """An older copy is shown as it ran, without the folds that its notebook has by now."""
+    """An older copy is shown as it ran, with the folds that it had and not those that its notebook has by now."""
     pages = [chapter for chapter in site.chapters() if site.committed(chapter)[0].exists()
              and not any("code has changed" in what for what in site.changed(*site.committed(chapter)))]
     if not pages:
