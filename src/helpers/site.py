@@ -154,9 +154,8 @@ def _with_figures(page, folder, chapter):
     return page
 
 
-def _cover(stage, chapter):
-    """The picture under a staged chapter's title: the head of a figure for a page of the book, empty without one."""
-    page = nbformat.read(stage / f"notebooks/{chapter}.ipynb", 4)
+def _cover(page):
+    """The picture under the title of a chapter's page: the head of a figure for a page of the book, empty without."""
     found = [cell.source.partition("\n\n")[0] for cell in page.cells if cell.id == "cover"]
     return found[0].replace(":::{figure} ", ":::{figure} ../notebooks/", 1) if found else ""
 
@@ -279,13 +278,14 @@ def stage(book: Book) -> None:
     frame.to_csv(stage / "book/downloads/ledger.csv", index=False, encoding="utf-8")
     frame.to_json(stage / "book/downloads/ledger.json", orient="records", indent=1, force_ascii=False)
     wrong = {chapter: errata(book, chapter) for chapter in book.chapters()}
-    shown = {chapter: _stage_chapter(book, chapter, stage, pages, wrong[chapter]) for chapter in wrong}
+    staged = {chapter: _stage_chapter(book, chapter, stage, pages, wrong[chapter]) for chapter in wrong}
+    shown = {chapter: record for chapter, (record, _) in staged.items()}
     data = {"ledger": frame.to_dict("records"), "counts": _at_a_glance(frame, stage), "shown": shown,
             "changed": {chapter: book.changed(*book.shown(chapter)) for chapter in shown if shown[chapter]},
             "stale": [chapter for chapter in _kept(book) if book.changed(*book.committed(chapter))],
             "kept": _kept(book), "left": what_is_left(book), "errata": wrong,
             "runs": status(book), "failures": failures(book), "has_address": is_set(book.root),
-            "covers": {chapter: _cover(stage, chapter) for chapter in shown}}
+            "covers": {chapter: cover for chapter, (_, cover) in staged.items()}}
     _left_standing(data["left"], stage)
     data |= _board(data["kept"].get("06_arena"), stage)
     _primer(stage)
@@ -306,7 +306,7 @@ def _config(book):
 
 
 def _stage_chapter(book, chapter, stage, pages, wrong):
-    """Write a chapter's page and downloads; return the record that goes with it, None where it shows no results.
+    """Write a chapter's page and downloads; return its record, None where it shows no results, and its `_cover`.
 
     wrong : the errata of the committed run, which a page that shows another run leaves out.
     """
@@ -329,7 +329,7 @@ def _stage_chapter(book, chapter, stage, pages, wrong):
     page.cells.insert(1, nbformat.v4.new_markdown_cell(card, id="card"))
     page = _with_figures(_in_one_fold(page), stage / "notebooks", chapter)
     nbformat.write(page, stage / f"notebooks/{chapter}.ipynb")
-    return record
+    return record, _cover(page)
 
 
 def _banners(book, chapter, changed, wrong):
