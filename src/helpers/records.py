@@ -22,7 +22,7 @@ from helpers import __version__, files
 from helpers.checks import known
 from helpers.profiles import PROFILES
 from helpers.tracing import NO_COMPUTE
-from helpers.units import PACKAGES, earlier_seconds, versions
+from helpers.units import PACKAGES, earlier_seconds, taken, versions
 
 _VERDICTS = ("reproduced", "undecided", "direction", "not-reproduced", "not-testable")  # from the best to the worst
 _FACTOR = 3  # a rate that is so many times the paper's, or a part of it, has not even its direction
@@ -94,6 +94,7 @@ class Provenance(_Strict):
 
     helpers, helpers_sha256 : the modules of helpers that the chapter had loaded, and the SHA-256 of their source; in
     records from before they were told apart, of all.
+    units : seconds of each unit by function, longest first; records from before they were kept have none.
     """
 
     commit: str
@@ -105,6 +106,7 @@ class Provenance(_Strict):
     device: str
     cpu_count: int
     seconds: Finite
+    units: dict[str, list[Finite]] | None = None
     datasets: dict[str, Source]
 
 
@@ -306,7 +308,7 @@ class Record(_Strict):
             raise ValueError(f"claims: {self.chapter} lacks {', '.join(sorted(missing))}")
         self.provenance.device = _device()  # once more, now that TensorFlow is there to name a GPU
         seconds = (datetime.now(UTC) - datetime.fromisoformat(self.created)).total_seconds() + earlier_seconds()
-        self.provenance.seconds = round(seconds, 1)
+        self.provenance.seconds, self.provenance.units = round(seconds, 1), taken()
         checked = self.model_validate(self.model_dump())  # lists may have been changed in place
         path = Path(folder or files.output()) / "results" / self.chapter / f"{self.profile}.json"
         with files.atomic(path) as temporary:

@@ -27,6 +27,7 @@ from helpers.execution import failures, status
 from helpers.files import atomic
 from helpers.profiles import PROFILES
 from helpers.records import Record, claims, compare
+from helpers.units import makespan
 
 MAX_BYTES = 4_000_000  # of an executed copy in the repository
 MAX_CHARACTERS = 2_000  # of an error on a page
@@ -284,14 +285,27 @@ def stage(book: Book) -> None:
             "changed": {chapter: book.changed(*book.shown(chapter)) for chapter in shown if shown[chapter]},
             "stale": [chapter for chapter in _kept(book) if book.changed(*book.committed(chapter))],
             "kept": _kept(book), "left": what_is_left(book), "errata": wrong,
-            "runs": status(book), "failures": failures(book), "has_address": is_set(book.root),
-            "covers": {chapter: cover for chapter, (_, cover) in staged.items()}}
+            "plans": _plans(_kept(book)), "runs": status(book), "failures": failures(book),
+            "has_address": is_set(book.root), "covers": {chapter: cover for chapter, (_, cover) in staged.items()}}
     _left_standing(data["left"], stage)
     data |= _board(data["kept"].get("06_arena"), stage)
     _primer(stage)
     for name in ("index.md", "ledger.md", "board.md", "status.md"):
         text = pages.get_template(f"{name}.jinja").render(data)
         (stage / "book" / name).write_text(text, encoding="utf-8")
+
+
+def _plans(records):
+    """What a paper run of each chapter takes on more workers, by the seconds that its units took: rows of a table."""
+    plans = []
+    for chapter, record in records.items():
+        run = record.provenance
+        if run.units:
+            alone = max(0.0, run.seconds - makespan(run.units, run.cpu_count))  # what is no unit, or waits for one
+            longest = max(max(each) for each in run.units.values())
+            plans.append({"chapter": chapter, "units": sum(map(len, run.units.values())), "minutes": longest / 60,
+                          "on": run.device, "hours": [(alone + makespan(run.units, n)) / 3600 for n in (1, 8, 64)]})
+    return plans
 
 
 def _config(book):

@@ -1,6 +1,7 @@
 """Units of a long run: each result is kept as soon as it is there, so that a killed run goes on where it stopped."""
 
 import hashlib
+import heapq
 import inspect
 import io
 import json
@@ -12,7 +13,7 @@ import sys
 import tarfile
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +27,7 @@ from helpers.tracing import plain
 
 PACKAGES = ("numpy", "scipy", "scikit-learn", "scikit-image", "tensorflow", "keras")  # which may change a result
 _EARLIER = {}  # path of a unit: seconds, shared among the cores, that an earlier run spent on it
+_TAKEN = {}  # function of units: path: seconds, for all that this process has asked for
 
 
 def run(function, grid, *, folder, n_jobs=None, label="", data=None) -> list[dict] | dict[object, dict]:
@@ -69,6 +71,7 @@ def run(function, grid, *, folder, n_jobs=None, label="", data=None) -> list[dic
             results[path] = _load(path)
             bar.set_postfix_str(workers, refresh=False)
     found = [results[path] for path, _ in units]
+    _TAKEN.setdefault(function.__name__, {}).update((path, result["seconds"]) for path, result in results.items())
     return dict(zip(grid, found, strict=True)) if isinstance(grid, Mapping) else found
 
 
@@ -124,6 +127,25 @@ def unpack(archive: str | Path, folder: str | Path) -> None:
 def earlier_seconds() -> float:
     """Return how long the units took that this process found finished, shared among as many cores as it uses."""
     return sum(_EARLIER.values())
+
+
+def taken() -> dict[str, list[float]]:
+    """Return the seconds that each unit took which this process has asked for, function -> units, longest first."""
+    return {name: sorted((round(each, 1) for each in units.values()), reverse=True) for name, units in _TAKEN.items()}
+
+
+def makespan(seconds: Mapping[str, Iterable[float]], workers: int) -> float:
+    """Return how many seconds units take on so many `workers`: function after function, of each the longest first.
+
+    seconds : of each unit, by function, as `taken` has them.
+    """
+    ends = 0.0
+    for units in seconds.values():
+        busy = [0.0] * workers
+        for each in sorted(units, reverse=True):  # to the worker that is free first
+            heapq.heapreplace(busy, busy[0] + each)
+        ends += max(busy)
+    return ends
 
 
 def versions(*packages: str) -> dict[str, str]:

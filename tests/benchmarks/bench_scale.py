@@ -8,7 +8,6 @@
 Usage: python tests/benchmarks/bench_scale.py [--help]. It needs the extra `cluster`.
 """
 
-import heapq
 import json
 import os
 import subprocess
@@ -86,21 +85,13 @@ def measure(function, grid, jobs=None):
         return time.perf_counter() - start
 
 
-def makespan(seconds, workers):
-    """Seconds until all are done, where a worker that is free takes the longest that is left."""
-    busy = [0.0] * workers
-    for each in sorted(seconds, reverse=True):
-        heapq.heapreplace(busy, busy[0] + each)
-    return max(busy)
-
-
 def plan(folder, overhead):
     """Hours of each chapter's kept units by the number of workers; a function waits for the one before."""
     rows = {}
     for chapter in sorted(folder.glob("*")):
         kept = pd.DataFrame(units.kept(chapter), columns=["function", "seconds"])
-        stages = [group + overhead for _, group in kept.groupby("function")["seconds"]]
-        hours = {str(n): sum(makespan(stage, n) for stage in stages) / 3600 for n in WORKERS}
+        stages = {name: group + overhead for name, group in kept.groupby("function", sort=False)["seconds"]}
+        hours = {str(n): units.makespan(stages, n) / 3600 for n in WORKERS}
         rows[chapter.name] = {"units": len(kept)} | hours | {"longest unit": kept["seconds"].max() / 3600}
     table = pd.DataFrame.from_dict(rows, orient="index")
     if rows:

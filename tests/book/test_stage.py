@@ -85,6 +85,24 @@ def test_numbers_of_other_helpers_are_shown_and_said_to_be_so_everywhere(tiny, m
     assert f"| {sentence} |" in unescape((book.output / "stage/book/status.md").read_text())
 
 
+def test_the_status_page_plans_a_paper_run_from_what_the_units_of_the_kept_one_took(tiny):
+    book, status = tiny(RECORD), "stage/book/status.md"
+    commit(book)
+    stage(book)
+    assert "What a paper run of a chapter takes" not in (book.output / status).read_text(), "a record from before"
+    path = book.committed("02_tiny")[1]
+    content = json.loads(path.read_text())
+    content["provenance"] |= {"units": {"train": [3600.0, 1800.0], "attack": 8 * [1800.0]}, "seconds": 10000.0,
+                              "cpu_count": 2}
+    path.write_text(json.dumps(content))
+    stage(book)  # the units alone took 10,800 seconds on two cores
+    assert "| 10 | 60.0 | 5.5 | 1.5 | 1.5 |" in (book.output / status).read_text()
+    content["provenance"]["seconds"] = 12600.0
+    path.write_text(json.dumps(content))
+    stage(book)
+    assert "| 10 | 60.0 | 6.0 | 2.0 | 2.0 |" in (book.output / status).read_text(), "half an hour outside of units"
+
+
 def test_a_failed_chapter_is_named_shows_its_committed_copy_and_the_others_are_rendered(tiny):
     book = tiny("raise ValueError('``` <b>not bold</b> *nor this*\\n:::::\\n\\n# no heading {cite}`none`\\x1b[31m ε')")
     commit(book)

@@ -354,7 +354,9 @@ def test_the_seconds_count_from_the_start_and_those_of_finished_units(tmp_path, 
     assert Record.load(record.save(tmp_path)).provenance.seconds > 3600
     assert Record.load(start().save(tmp_path)).provenance.seconds < 60
     monkeypatch.setattr(records, "earlier_seconds", lambda: 3600.0)
-    assert 3600 <= Record.load(start().save(tmp_path)).provenance.seconds < 3660
+    monkeypatch.setattr(records, "taken", lambda: {"attack": [2.0, 1.5]})
+    run = Record.load(start().save(tmp_path)).provenance
+    assert 3600 <= run.seconds < 3660 and run.units == {"attack": [2.0, 1.5]}
 
 
 @pytest.mark.parametrize("spoil", [

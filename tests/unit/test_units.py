@@ -216,6 +216,21 @@ def test_the_seconds_of_an_earlier_run_are_known(tmp_path, monkeypatch):
     assert units.earlier_seconds() == first[0]["seconds"], "one unit runs alone"
 
 
+def test_what_each_unit_took_is_known_once_whether_it_was_computed_or_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(units, "_TAKEN", {})
+    for _ in range(2):
+        first = units.run(sleeps, [{"seconds": 0.1}, {"seconds": 0.3}], folder=tmp_path, n_jobs=1)
+        assert units.taken() == {"sleeps": [round(result["seconds"], 1) for result in first[::-1]]}
+    units.run(nothing, [{}], folder=tmp_path, n_jobs=1)
+    assert [*units.taken()] == ["sleeps", "nothing"] and len(units.taken()["nothing"]) == 1
+
+
+@pytest.mark.parametrize("workers, expected", [(1, 13 + 4), (2, 7 + 2), (3, 5 + 2), (64, 5 + 2)])
+def test_a_function_waits_for_the_one_before_and_its_longest_unit_comes_first(workers, expected):
+    assert units.makespan({"train": [1, 3, 4, 5], "attack": [2, 2]}, workers) == expected
+    assert units.makespan({}, workers) == 0
+
+
 # ── what makes a unit run again ───────────────────────────────────────────────────────────────────────────────────────
 
 MODULE = '''
