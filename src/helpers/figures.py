@@ -105,19 +105,6 @@ def heatmap(frame, title, fmt=".2f"):
     return ax.figure
 
 
-def loss_surface(grid_x, grid_y, z, ylabel="ε along random signs"):
-    """Contours of the loss `z` (len(grid_y), len(grid_x)), or a dict of such panels, over two directions in L∞."""
-    panels = z if isinstance(z, dict) else {"": z}
-    axes = subplots(1, len(panels), 1.6 + 3.4 * len(panels), 3.8)[0]
-    levels = np.linspace(min(map(np.min, panels.values())), max(map(np.max, panels.values())) + 1e-9, 22)
-    for ax, (name, values) in zip(axes, panels.items(), strict=True):
-        filled = ax.contourf(grid_x, grid_y, values, levels=levels, cmap="cividis")
-        ax.plot(0, 0, "o", color="white", markeredgecolor=INK)
-        ax.set(title=name, xlabel="ε along the gradient's sign", ylabel=ylabel)
-    axes[0].figure.colorbar(filled, ax=list(axes), label="loss (nats)", format="%.3g")
-    return axes[0].figure
-
-
 def verdict_bars(counts):
     """Claims by verdict, a bar a paper; `counts`: title -> verdict -> number (none: no record yet)."""
     ax, left = subplots(1, 1, 7.2, 1.3 + 0.5 * len(counts))[0, 0], np.zeros(len(counts))

@@ -174,15 +174,6 @@ def test_heatmaps_numbers_can_be_read_on_every_colour():
     assert min(contrast(to_hex(text.get_color()), cell) for text, cell in pairs) >= 4.5
 
 
-def test_loss_surfaces_share_a_scale():
-    grid = np.linspace(-0.1, 0.1, 5)
-    panels = {"normal": np.add.outer(grid, grid), "mixed-batch": 10 * np.add.outer(grid, grid)}
-    first, second, bar = figures.loss_surface(grid, grid, panels).axes
-    assert first.collections[0].get_clim() == second.collections[0].get_clim()
-    assert bar.get_ylabel() == "loss (nats)"
-    assert len(figures.loss_surface(grid, grid, np.zeros((5, 5))).axes) == 2
-
-
 def test_verdict_bars_count_and_say_what_has_not_run():
     fig = figures.verdict_bars({"One": {"reproduced": 3, "not-reproduced": 1}, "Two": {}})
     texts = [text.get_text() for text in fig.axes[0].texts]
