@@ -216,7 +216,8 @@ def what_is_left(book: Book) -> list[dict]:
             if record := kept.get(row["chapter"]):
                 try:
                     curve = record.curves[end["curve"]]
-                    (at,) = (k for k, eps in enumerate(curve.x) if abs(eps - row["eps"]) < 1e-4)
+                    wanted = end.get("eps", row["eps"])
+                    (at,) = (k for k, eps in enumerate(curve.x) if abs(eps - wanted) < 1e-4)
                     found = [run[at] for run in curve.series[end["series"]]]
                 except (KeyError, ValueError) as error:
                     if book.changed(*book.committed(row["chapter"])):  # until the chapter as it is now has been run
