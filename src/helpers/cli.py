@@ -96,15 +96,16 @@ def cost(chapters):
 
 @main.command()
 @_chapter
-def keep(chapters):
+@click.option("--networks", is_flag=True, help="With the networks and defences that the units have made: megabytes.")
+def keep(chapters, networks):
     """Put the results of finished units under book/units, for a paper run to go on from on another machine.
 
-    For a run that does not fit into one sitting. Networks stay here: elsewhere a unit that still needs one of them
-    stops the run, until the file under book/units is removed and the units are computed again.
+    For a run that does not fit into one sitting. Without --networks a unit that still needs one of them stops the run
+    elsewhere, until the file under book/units is removed and the units are computed again.
     """
     with _book("paper") as this:
         for chapter in this.chapters(*chapters):
-            archive, units = execution.keep(this, chapter)
+            archive, units = execution.keep(this, chapter, networks)
             click.echo(f"to be committed: {archive}, {units} units, {archive.stat().st_size:,} bytes")
 
 

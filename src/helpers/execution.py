@@ -29,7 +29,7 @@ from helpers.book import Book, BookError
 from helpers.files import atomic
 from helpers.records import Record
 from helpers.tracing import changed
-from helpers.units import PACKAGES, kept, pack, unpack, versions
+from helpers.units import PACKAGES, kept, named, pack, unpack, versions
 
 # Processor seconds of a chapter, for each core of the machine. Time on the clock would measure its other work as well.
 LIMITS = {"smoke": 600, "quick": 2400, "paper": 24 * 3600}
@@ -102,17 +102,18 @@ def cost(book: Book, chapter: str) -> dict[str, dict]:
     return found
 
 
-def keep(book: Book, chapter: str) -> tuple[Path, int]:
+def keep(book: Book, chapter: str, networks: bool = False) -> tuple[Path, int]:
     """Put the results of the chapter's finished units, those that the code as it is still finds, below book/units.
 
-    From there a run in profile paper goes on, on whatever machine. Returns the file, and how many units it has.
-    Raises BookError where there is none.
+    From there a run in profile paper goes on, on whatever machine. networks : those that the results name go along,
+    and defences, as far as they are there. Returns the file, and how many units it has. Raises BookError where there
+    is none.
     """
     paths = [unit["path"] for unit, why in _units(book, chapter) if not why]
     if not paths:
         raise BookError(f"{chapter}: no finished unit of this code in {book.output / 'units' / chapter}")
     archive = _archive(book, chapter)
-    pack(archive, book.output / "units" / chapter, paths)
+    pack(archive, book.output / "units" / chapter, paths, named(paths, book.output) if networks else ())
     return archive, len(paths)
 
 
@@ -120,7 +121,7 @@ def _restore(book, chapter):
     """Put what `keep` has put into the repository where a run looks for finished units."""
     if (archive := _archive(book, chapter)).exists():
         try:
-            unpack(archive, book.output / "units" / chapter)
+            unpack(archive, book.output / "units" / chapter, book.output)
         except ValueError as error:
             raise BookError(str(error)) from error
 

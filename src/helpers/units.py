@@ -27,6 +27,7 @@ from helpers.tracing import plain
 
 PACKAGES = ("numpy", "scipy", "scikit-learn", "scikit-image", "tensorflow", "keras")  # which may change a result
 _EARLIER = {}  # path of a unit: seconds, shared among the cores, that an earlier run spent on it
+_HANDED_ON = ("defences", "networks")  # folders of what units save for others
 _TAKEN = {}  # function of units: path: seconds, for all that this process has asked for
 
 
@@ -93,31 +94,43 @@ def kept(folder: str | Path) -> list[dict]:
     return list(newest.values())
 
 
-def pack(archive: str | Path, folder: str | Path, paths) -> None:
+def pack(archive: str | Path, folder: str | Path, paths, files_of=()) -> None:
     """Write the files `paths` of units in `folder` to `archive`, a compressed tar file; the same give the same bytes.
 
-    Results alone: networks and defences that units hand on stay where they are.
+    files_of : networks and defences that units hand on, as `named` finds them; without them they stay where they are.
     """
+    members = {path.relative_to(folder).as_posix(): path for path in paths}
+    members |= {f"{path.parent.name}/{path.name}": path for path in files_of}
     with files.atomic(archive) as temporary, tarfile.open(temporary, "w:xz") as tar:
-        for path in sorted(paths):
-            about = tarfile.TarInfo(path.relative_to(folder).as_posix())
+        for name, path in sorted(members.items()):
+            about = tarfile.TarInfo(name)
             about.size = path.stat().st_size
             with open(path, "rb") as content:
                 tar.addfile(about, content)
 
 
-def unpack(archive: str | Path, folder: str | Path) -> None:
-    """Put the units of `archive` into `folder`, but for those that are there.
+def named(paths, output: str | Path) -> list[Path]:
+    """Return the networks and defences below `output` that results of units, files `paths`, name and that are there."""
+    names = set()
+    for path in paths:
+        with np.load(path, allow_pickle=False) as members:
+            names |= set(re.findall(r"\b[0-9a-f]{64}\.(?:keras|npz)\b", members["index"].item()))
+    return sorted(path for place in _HANDED_ON for path in Path(output, place).glob("*") if path.name in names)
 
-    Raises ValueError, which names `archive`, where it is damaged or holds anything but units.
+
+def unpack(archive: str | Path, folder: str | Path, output: str | Path) -> None:
+    """Put the units of `archive` into `folder`, and networks and defences below `output`, but for those that are there.
+
+    Raises ValueError, which names `archive`, where it is damaged or holds anything else.
     """
     try:
         content = lzma.decompress(Path(archive).read_bytes())  # whole: its checksum comes last
         with tarfile.open(fileobj=io.BytesIO(content)) as tar:
             for member in tar:
-                if not (member.isfile() and re.fullmatch(r"\w+/[0-9a-f]{64}\.npz", member.name)):
+                if not (member.isfile() and re.fullmatch(r"\w+/[0-9a-f]{64}\.(npz|keras)", member.name)):
                     raise ValueError(f"{member.name!r} in it is not a unit")
-                if not (path := Path(folder, member.name)).exists():
+                place = output if member.name.partition("/")[0] in _HANDED_ON else folder
+                if not (path := Path(place, member.name)).exists():
                     with files.atomic(path) as temporary:
                         temporary.write_bytes(tar.extractfile(member).read())
     except (ValueError, tarfile.TarError, lzma.LZMAError) as error:

@@ -490,11 +490,31 @@ def test_what_is_packed_on_one_machine_is_finished_on_another(tmp_path):
         units.pack(tmp_path / f"{name}.tar.xz", here, paths[::order])
     one, two = ((tmp_path / f"{name}.tar.xz").read_bytes() for name in ("one", "two"))
     assert one == two, "the same units, other bytes"
-    units.unpack(tmp_path / "one.tar.xz", there)
-    units.unpack(tmp_path / "one.tar.xz", there)  # what is there stays
+    for _ in range(2):  # what is there stays
+        units.unpack(tmp_path / "one.tar.xz", there, tmp_path)
     for a, b in zip(found, units.run(square, grid, folder=there, n_jobs=1), strict=True):
         equal(a, b)
     assert (tmp_path / "log").read_text() == "2\n3\n", "computed again"
+
+
+def saves(name):
+    return {"network": name, "not": "0" * 64}
+
+
+def test_networks_that_units_have_made_go_along(tmp_path):
+    names = [f"{digit * 64}.keras" for digit in "123"]
+    for name in names[:2]:
+        path = tmp_path / "here/networks" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    units.run(saves, [{"name": name} for name in names[1:]], folder=tmp_path / "here/units", n_jobs=1)
+    paths = [unit["path"] for unit in units.kept(tmp_path / "here/units")]
+    found = units.named(paths, tmp_path / "here")
+    assert [path.name for path in found] == [names[1]], "the one that is named and there"
+    units.pack(tmp_path / "one.tar.xz", tmp_path / "here/units", paths, found)
+    units.unpack(tmp_path / "one.tar.xz", tmp_path / "there/units", tmp_path / "there")
+    assert (tmp_path / "there/networks" / names[1]).read_text() == names[1]
+    assert len(list((tmp_path / "there").rglob("*.*"))) == 3
 
 
 def test_a_damaged_archive_is_named_and_what_is_no_unit_is_refused(tmp_path):
@@ -505,12 +525,12 @@ def test_a_damaged_archive_is_named_and_what_is_no_unit_is_refused(tmp_path):
     for damaged in (whole[:-40], whole[:100] + bytes([whole[100] ^ 1]) + whole[101:], b"", b"no tar"):
         archive.write_bytes(damaged)
         with pytest.raises(ValueError, match="01_toy.tar.xz is damaged"):
-            units.unpack(archive, tmp_path / "there")
+            units.unpack(archive, tmp_path / "there", tmp_path)
     for name in ("../" + "0" * 64 + ".npz", "square/short.npz", "/square/" + "0" * 64 + ".npz"):
         with tarfile.open(archive, "w:xz") as tar:
             tar.addfile(tarfile.TarInfo(name))
         with pytest.raises(ValueError, match="not a unit"):
-            units.unpack(archive, tmp_path / "there")
+            units.unpack(archive, tmp_path / "there", tmp_path)
     assert not list(tmp_path.rglob("there/**/*.npz"))
 
 
