@@ -303,7 +303,7 @@ def test_the_file_follows_the_schema_of_the_design(tmp_path):
         "normal": [[1, 0.5], [1, 0.25]], "mixed": [[1, 0.75]]}}}
     provenance = content["provenance"]
     assert list(provenance) == ["commit", "dirty", "helpers", "helpers_sha256", "python", "packages", "device",
-                                "cpu_count", "seconds", "datasets"]
+                                "cpu_count", "seconds", "units", "datasets"]
     assert provenance["datasets"] == DATASETS
     assert set(provenance["packages"]) == {"numpy", "scipy", "scikit-learn", "scikit-image", "tensorflow", "keras"}
     assert "unknown" not in provenance["packages"].values()
