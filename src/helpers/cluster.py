@@ -12,13 +12,11 @@ import json
 import logging
 import os
 import platform
-import re
 import shutil
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -28,7 +26,6 @@ import numpy as np
 
 from helpers import files
 
-_NAME = re.compile(r"\b[0-9a-f]{64}\.(?:keras|npz)\b")  # of networks and defences, after what they hold
 _WAIT = 30  # seconds for a scheduler or a worker to appear
 
 
@@ -53,7 +50,7 @@ def results(address, function, work, todo, *, ask, data=None, at_once=None) -> I
 
         def submit(key, lacking=()):
             contents = {place: files.output(place).read_bytes() for place in lacking}
-            future = client.submit(_unit, work, todo[key], _places(todo[key]), contents, ask, wanted, pure=False,
+            future = client.submit(_unit, work, todo[key], files.named(todo[key]), contents, ask, wanted, pure=False,
                                    priority=len(contents))
             running[future.key] = key, future
             future.add_done_callback(ended.put)
@@ -205,20 +202,8 @@ def _unit(work, arguments, places, contents, ask, wanted):
         os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
     with threadpool_limits(threads):
         found = cloudpickle.loads(work)(arguments, threads)
-    saved = {place: files.output(place).read_bytes() for place in _places(found) if place not in places}
+    saved = {place: files.output(place).read_bytes() for place in files.named(found) if place not in places}
     return found, saved, worker.address
-
-
-def _places(value):
-    """Return where below `files.output()` the files lie that `value` names, each behind those that it names itself."""
-    names, found = _NAME.findall(repr(value)), {}
-    for name in names:  # which grow
-        for path in sorted(files.output().glob(f"*/{name}")):
-            found[path.relative_to(files.output()).as_posix()] = None
-            if path.suffix == ".npz":
-                with suppress(Exception), np.load(path, allow_pickle=False) as members:  # damaged: for the unit to say
-                    names += _NAME.findall(str(members["about"]))
-    return [*found][::-1]
 
 
 def _write(place, content):

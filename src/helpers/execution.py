@@ -29,7 +29,7 @@ from helpers.book import Book, BookError
 from helpers.files import atomic
 from helpers.records import Record
 from helpers.tracing import changed
-from helpers.units import PACKAGES, kept, named, pack, unpack, versions
+from helpers.units import PACKAGES, handed_on, kept, pack, unpack, versions
 
 # Processor seconds of a chapter, for each core of the machine. Time on the clock would measure its other work as well.
 LIMITS = {"smoke": 600, "quick": 2400, "paper": 24 * 3600}
@@ -113,7 +113,7 @@ def keep(book: Book, chapter: str, networks: bool = False) -> tuple[Path, int]:
     if not paths:
         raise BookError(f"{chapter}: no finished unit of this code in {book.output / 'units' / chapter}")
     archive = _archive(book, chapter)
-    pack(archive, book.output / "units" / chapter, paths, named(paths, book.output) if networks else ())
+    pack(archive, book.output / "units" / chapter, paths, handed_on(paths, book.output) if networks else ())
     return archive, len(paths)
 
 

@@ -2,17 +2,35 @@
 
 import hashlib
 import os
+import re
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+
+_NAME = re.compile(r"\b[0-9a-f]{64}\.(?:keras|npz)\b")  # of networks and defences, after what they hold
 
 
 def output(*parts: str) -> Path:
     """Return a path in the folder of what runs make: HELPERS_OUTPUT, or _build below the current folder."""
     return Path(os.environ.get("HELPERS_OUTPUT", "_build"), *parts)
+
+
+def named(value, folder: str | Path | None = None) -> list[str]:
+    """Return where below `folder` (None: `output()`) the networks and defences lie that `value` names.
+
+    Each is behind those that it names itself; one that is not there is left out.
+    """
+    folder, names, found = output() if folder is None else Path(folder), _NAME.findall(repr(value)), {}
+    for name in names:  # which grow
+        for path in sorted(folder.glob(f"*/{name}")):
+            found[path.relative_to(folder).as_posix()] = None
+            if path.suffix == ".npz":
+                with suppress(Exception), np.load(path, allow_pickle=False) as members:  # damaged: its reader says so
+                    names += _NAME.findall(str(members["about"]))
+    return [*found][::-1]
 
 
 def sha256(path: str | Path) -> str:

@@ -97,7 +97,7 @@ def kept(folder: str | Path) -> list[dict]:
 def pack(archive: str | Path, folder: str | Path, paths, files_of=()) -> None:
     """Write the files `paths` of units in `folder` to `archive`, a compressed tar file; the same give the same bytes.
 
-    files_of : networks and defences that units hand on, as `named` finds them; without them they stay where they are.
+    files_of : networks and defences, as `handed_on` finds them; without them they stay where they are.
     """
     members = {path.relative_to(folder).as_posix(): path for path in paths}
     members |= {f"{path.parent.name}/{path.name}": path for path in files_of}
@@ -109,13 +109,13 @@ def pack(archive: str | Path, folder: str | Path, paths, files_of=()) -> None:
                 tar.addfile(about, content)
 
 
-def named(paths, output: str | Path) -> list[Path]:
-    """Return the networks and defences below `output` that results of units, files `paths`, name and that are there."""
-    names = set()
+def handed_on(paths, output: str | Path) -> list[Path]:
+    """Return the networks and defences below `output` that results of units, files `paths`, name."""
+    indices = []
     for path in paths:
         with np.load(path, allow_pickle=False) as members:
-            names |= set(re.findall(r"\b[0-9a-f]{64}\.(?:keras|npz)\b", members["index"].item()))
-    return sorted(path for place in _HANDED_ON for path in Path(output, place).glob("*") if path.name in names)
+            indices.append(members["index"].item())
+    return [Path(output, place) for place in files.named(indices, output)]
 
 
 def unpack(archive: str | Path, folder: str | Path, output: str | Path) -> None:

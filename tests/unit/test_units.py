@@ -509,7 +509,7 @@ def test_networks_that_units_have_made_go_along(tmp_path):
         path.write_text(name)
     units.run(saves, [{"name": name} for name in names[1:]], folder=tmp_path / "here/units", n_jobs=1)
     paths = [unit["path"] for unit in units.kept(tmp_path / "here/units")]
-    found = units.named(paths, tmp_path / "here")
+    found = units.handed_on(paths, tmp_path / "here")
     assert [path.name for path in found] == [names[1]], "the one that is named and there"
     units.pack(tmp_path / "one.tar.xz", tmp_path / "here/units", paths, found)
     units.unpack(tmp_path / "one.tar.xz", tmp_path / "there/units", tmp_path / "there")
