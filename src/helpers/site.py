@@ -281,15 +281,15 @@ def stage(book: Book) -> None:
     frame.to_json(stage / "book/downloads/ledger.json", orient="records", indent=1, force_ascii=False)
     wrong = {chapter: errata(book, chapter) for chapter in book.chapters()}
     staged = {chapter: _stage_chapter(book, chapter, stage, pages, wrong[chapter]) for chapter in wrong}
-    shown = {chapter: record for chapter, (record, _) in staged.items()}
+    shown, kept = {chapter: record for chapter, (record, _) in staged.items()}, _kept(book)
     data = {"ledger": frame.to_dict("records"), "counts": _at_a_glance(frame, stage), "shown": shown,
             "changed": {chapter: book.changed(*book.shown(chapter)) for chapter in shown if shown[chapter]},
-            "stale": [chapter for chapter in _kept(book) if book.changed(*book.committed(chapter))],
-            "kept": _kept(book), "left": what_is_left(book), "errata": wrong,
-            "plans": _plans(_kept(book)), "runs": status(book), "failures": failures(book),
+            "stale": [chapter for chapter in kept if book.changed(*book.committed(chapter))],
+            "kept": kept, "left": what_is_left(book), "errata": wrong,
+            "plans": _plans(kept), "runs": status(book), "failures": failures(book),
             "has_address": is_set(book.root), "covers": {chapter: cover for chapter, (_, cover) in staged.items()}}
     _left_standing(data["left"], stage)
-    data |= _board(data["kept"].get("06_arena"), stage)
+    data |= _board(kept.get("06_arena"), stage)
     _primer(stage)
     for name in ("index.md", "ledger.md", "board.md", "status.md"):
         text = pages.get_template(f"{name}.jinja").render(data)
@@ -301,11 +301,10 @@ def _plans(records):
     plans = []
     for chapter, record in records.items():
         run = record.provenance
-        if run.units:
+        if each := [seconds for units in (run.units or {}).values() for seconds in units]:
             alone = max(0.0, run.seconds - makespan(run.units, run.cpu_count))  # what is no unit, or waits for one
-            longest = max(max(each) for each in run.units.values())
-            plans.append({"chapter": chapter, "units": sum(map(len, run.units.values())), "minutes": longest / 60,
-                          "on": run.device, "hours": [(alone + makespan(run.units, n)) / 3600 for n in (1, 8, 64)]})
+            plans.append({"chapter": chapter, "units": len(each), "minutes": max(each) / 60, "on": run.device,
+                          "hours": [(alone + makespan(run.units, n)) / 3600 for n in (1, 8, 64)]})
     return plans
 
 
