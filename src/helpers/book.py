@@ -5,7 +5,8 @@ from pathlib import Path
 
 import nbformat
 
-from helpers.records import Record, helpers_sha256
+from helpers.provenance import helpers_sha256
+from helpers.records import Record
 
 
 class BookError(RuntimeError):

@@ -1,86 +1,26 @@
-"""Result records: what the papers claim, what we found for each claim, the verdict, and where the numbers came from."""
+"""Result records: what we found for each claim, flags, tables and curves of one run, and where they came from."""
 
-import hashlib
 import platform
-import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
-import yaml
 from joblib import cpu_count
-from pydantic import BaseModel, Field, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
-from helpers import __version__, files
+from helpers import files, provenance
 from helpers.checks import known
 from helpers.profiles import PROFILES
-from helpers.tracing import NO_COMPUTE
 from helpers.units import PACKAGES, earlier_seconds, taken, versions
+from helpers.verdicts import Finite, Outcome, Strict, Verdict, claims, compare, judge, measured
 
-_VERDICTS = ("reproduced", "undecided", "direction", "not-reproduced", "not-testable")  # from the best to the worst
-_FACTOR = 3  # a rate that is so many times the paper's, or a part of it, has not even its direction
-Verdict = Literal[_VERDICTS]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-_PACKAGE = Path(__file__).resolve().parent
-_SUBSTITUTED = ("05",)  # papers whose data is not public: on other data a number can at best agree in direction
 
 
-class _Strict(BaseModel, strict=True, extra="forbid", validate_assignment=True):
-    """What all parts of a record have in common: no other fields, no conversion of types."""
-
-
-class Claim(_Strict):
-    """A number or a statement of a paper that can be checked; `value` is a dictionary where it has several columns.
-
-    `rate`: whether the value is a share, for which "direction" asks for a like size.
-    `section`: the heading, in the paper's chapter, below which ours is shown.
-    """
-
-    id: str
-    where: str
-    what: str = ""
-    kind: Literal["number", "order", "choice", "shown"]
-    value: Finite | dict[str, Finite] | None
-    tolerance: Finite = 0.0
-    rate: bool = False
-    section: str = "The paper and ours, side by side"
-
-
-class Measurement(_Strict):
-    """One value a seed, their mean and their sample standard deviation (0 where n = 1)."""
-
-    mean: Finite
-    sd: Finite
-    n: int
-    values: list[Finite]
-
-    @property
-    def error(self):
-        """Standard error of the mean; 0 for one value, which says nothing about its own."""
-        return self.sd / self.n**0.5
-
-    def __str__(self):
-        return f"{self.mean:.4g} ± {self.sd:.2g} (n = {self.n})" if self.n > 1 else f"{self.mean:.4g} (n = 1)"
-
-
-class Outcome(_Strict):
-    """What we found for a claim."""
-
-    id: str
-    ours: Measurement | dict[str, Measurement] | None
-    verdict: Verdict
-    note: str
-
-
-class Source(_Strict):
+class Source(Strict):
     """Where a data set came from, and how much of it was used."""
 
     source: Literal["mirror", "cache", "download", "embedded"]
@@ -89,7 +29,7 @@ class Source(_Strict):
     n_test: NonNegativeInt
 
 
-class Provenance(_Strict):
+class Provenance(Strict):
     """What made the numbers; outside a checkout `commit` is the version of the helpers and `dirty` None.
 
     helpers, helpers_sha256 : the modules of helpers that the chapter had loaded, and the SHA-256 of their source; in
@@ -110,7 +50,7 @@ class Provenance(_Strict):
     datasets: dict[str, Source]
 
 
-class Curve(_Strict):
+class Curve(Strict):
     """For each series one list a seed, with a value for each of `x`."""
 
     x: list[Finite]
@@ -124,57 +64,7 @@ class Curve(_Strict):
         return self
 
 
-def helpers_sha256(names: Iterable[str] | None = None) -> str:
-    """Return one SHA-256 of the source of helpers that compute numbers, of what `sha256sum` prints; None: of all."""
-    computing = (path for path in sorted(_PACKAGE.glob("*.py")) if path.stem not in NO_COMPUTE)
-    sums = (f"{files.sha256(path)}  {path.name}\n" for path in computing if names is None or path.stem in names)
-    return hashlib.sha256("".join(sums).encode()).hexdigest()
-
-
-def _loaded() -> list[str]:
-    """Names of the modules of helpers that compute numbers and have been imported."""
-    names = (name.removeprefix("helpers.") for name in sys.modules if name.startswith("helpers."))
-    return sorted(name for name in names if name not in NO_COMPUTE and "." not in name)
-
-
-def claims(path: str | Path | None = None) -> dict[str, Claim]:
-    """Return the papers' claims by id, from `path` or the book's claims.yml."""
-    path = path or next(filter(Path.exists, (_PACKAGE / "claims.yml", _PACKAGE.parents[1] / "book/claims.yml")))
-    return dict(_claims(Path(path).read_text(encoding="utf-8")))
-
-
-@lru_cache(1)  # a record asks for them at every claim and flag, and to read the text takes a tenth of a second
-def _claims(text):
-    return {claim["id"]: Claim.model_validate(claim) for claim in yaml.safe_load(text)["claims"]}
-
-
-def compare(outcomes: Mapping[str, Outcome | None], raised: Mapping[str, Iterable["Flag"]] | None = None):
-    """Return the papers' values beside ours (None: no record yet), as text: a row for each claim, or column of it.
-
-    `raised`: the flags, by claim, that say that its evaluation is not sound; the note begins with them.
-    """
-    every, rows = claims(), []
-    for id, outcome in outcomes.items():
-        claim, ours = every[id], outcome.ours if outcome else None
-        verdict, note = (outcome.verdict, outcome.note) if outcome else ("no record yet", "")
-        parts = ours if isinstance(ours, dict) else {"": ours}
-        papers = claim.value if isinstance(claim.value, dict) else dict.fromkeys(parts, claim.value)
-        doubt = "; ".join(f"NOT SOUND: {flag}" for flag in (raised or {}).get(id, []))
-        tested = claim.kind == "number" and ours and verdict != "not-testable"
-        rows += [(id, ": ".join(filter(None, (claim.what or claim.where, part))),
-                  "–" if paper is None else f"{paper:g}", _ours(claim, parts.get(part)), verdict,
-                  "; ".join(filter(None, [doubt, _distance(claim, parts[part], paper) if tested else "", note])))
-                 for part, paper in papers.items()]
-    return pd.DataFrame(rows, columns=["Claim", "What", "Paper", "Ours", "Verdict", "Note"])
-
-
-def _ours(claim, ours):
-    if ours and claim.kind == "choice":  # a mean of choices was never chosen
-        return f"{' or '.join(f'{value:g}' for value in dict.fromkeys(ours.values))} (n = {ours.n})"
-    return str(ours or "–")
-
-
-class Flag(_Strict):
+class Flag(Strict):
     """Whether one condition of a sound evaluation was met: a row of `helpers.flags`, and what it was checked on.
 
     `spoils`: beginnings of the ids of the claims whose numbers hang on it; none: all of the chapter. "NN.beyond" is the
@@ -207,7 +97,7 @@ class Flag(_Strict):
         return not self.spoils or any(id.startswith(start) for start in self.spoils)
 
 
-class Record(_Strict):
+class Record(Strict):
     """The results of one run of a chapter.
 
     `start` it, add to it with `claim`, `flag`, `table` and `curve`, then `save` it.
@@ -228,11 +118,12 @@ class Record(_Strict):
 
         `datasets` holds the `provenance()` of each data set by name.
         """
-        commit, dirty = _revision()
+        commit, dirty = provenance.revision()
+        names = provenance.loaded()
         return cls(chapter=chapter, profile=profile, created=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", provenance={
-            "commit": commit, "dirty": dirty, "helpers": (names := _loaded()), "helpers_sha256": helpers_sha256(names),
-            "python": platform.python_version(), "device": _device(), "cpu_count": cpu_count(), "seconds": 0.0,
-            "packages": versions(*PACKAGES), "datasets": dict(datasets)})
+            "commit": commit, "dirty": dirty, "helpers": names, "helpers_sha256": provenance.helpers_sha256(names),
+            "python": platform.python_version(), "device": provenance.device(), "cpu_count": cpu_count(),
+            "seconds": 0.0, "packages": versions(*PACKAGES), "datasets": dict(datasets)})
 
     def claim(self, id: str, values, note="", direction: bool | None = None, choice_tie=False) -> Verdict:
         """Add our `values` of a claim, one a seed (by column where the paper has several), and return the verdict.
@@ -254,13 +145,12 @@ class Record(_Strict):
             raise ValueError(f"note: {id!r} has no values, expected a note that says why")
         parts = values if isinstance(values, Mapping) else {} if values is None else {"": values}
         columns = parts if claim.value is None else [""]  # a statement has the columns that we give it
-        papers = claim.value if isinstance(claim.value, dict) else dict.fromkeys(columns, claim.value)
-        if values is not None and (not parts or parts.keys() != papers.keys()):
-            raise ValueError(f"values: got {sorted(parts)}, expected the columns {sorted(papers)} of {id!r}")
-        ours = {part: _measure(seeds) for part, seeds in parts.items()}
-        ranks = [_judge(claim, ours[part], papers[part], direction, choice_tie) for part in ours]
-        verdict = max(ranks, key=_VERDICTS.index) if ranks else "not-testable"
-        verdict = "not-testable" if self.profile == "smoke" else verdict  # which is never a reproduction
+        wanted = set(claim.value) if isinstance(claim.value, dict) else set(columns)
+        if values is not None and (not parts or parts.keys() != wanted):
+            raise ValueError(f"values: got {sorted(parts)}, expected the columns {sorted(wanted)} of {id!r}")
+        ours = {part: measured(seeds) for part, seeds in parts.items()}
+        found = judge(claim, ours, direction, choice_tie)
+        verdict = "not-testable" if self.profile == "smoke" else found  # which is never a reproduction
         self.claims.append(Outcome(id=id, ours=ours.get("", ours or None), note=note, verdict=verdict))
         return verdict
 
@@ -306,7 +196,7 @@ class Record(_Strict):
         missing = {id for id in claims() if id[:2] == self.chapter[:2]} - {outcome.id for outcome in self.claims}
         if missing and self.profile == "paper":
             raise ValueError(f"claims: {self.chapter} lacks {', '.join(sorted(missing))}")
-        self.provenance.device = _device()  # once more, now that TensorFlow is there to name a GPU
+        self.provenance.device = provenance.device()  # once more, now that TensorFlow is there to name a GPU
         seconds = (datetime.now(UTC) - datetime.fromisoformat(self.created)).total_seconds() + earlier_seconds()
         self.provenance.seconds, self.provenance.units = round(seconds, 1), taken()
         checked = self.model_validate(self.model_dump())  # lists may have been changed in place
@@ -327,80 +217,11 @@ class Record(_Strict):
             claim = every[outcome.id]
             if claim.kind == "number" and outcome.ours and outcome.verdict != "not-testable":
                 parts = outcome.ours if isinstance(outcome.ours, dict) else {"": outcome.ours}
-                papers = claim.value if isinstance(claim.value, dict) else {"": claim.value}
                 direction = outcome.verdict != "not-reproduced"  # what was reproduced had the paper's sign
-                ranks = [_judge(claim, parts[part], papers[part], direction, False) for part in parts]
-                outcome.verdict = max(ranks, key=_VERDICTS.index)
+                outcome.verdict = judge(claim, parts, direction)
         return again
 
     def comparison(self) -> pd.DataFrame:
         """Return `compare` of this record's claims."""
         return compare({outcome.id: outcome for outcome in self.claims},
                        {outcome.id: self.raised(outcome.id) for outcome in self.claims})
-
-
-def _measure(values):
-    values = np.atleast_1d(np.asarray(values, float))
-    if values.ndim > 1 or not values.size or not np.isfinite(values).all():
-        raise ValueError(f"values: got {values.tolist()}, expected one finite number a seed")
-    return Measurement(mean=values.mean().item(), sd=values.std(ddof=1).item() if values.size > 1 else 0.0,
-                       n=values.size, values=values.tolist())
-
-
-def _judge(claim, ours, paper, direction, choice_tie):
-    """Return the verdict on one measurement; `Record.claim` and claims.yml state the rules."""
-    if claim.kind == "shown":
-        if direction is None:
-            raise ValueError(f"direction: {claim.id!r} is of kind 'shown', expected True or False")
-        return "reproduced" if direction else "not-reproduced"
-    if claim.kind == "choice":
-        return "reproduced" if choice_tie or np.allclose(ours.values, paper) else "not-reproduced"
-    if claim.kind == "order":
-        sure = ours.n >= 2 and ours.mean > 2 * ours.error
-        return "not-reproduced" if ours.mean <= 0 else "reproduced" if sure else "direction"
-    off, substituted = _off(ours.mean, paper), claim.id[:2] in _SUBSTITUTED
-    if claim.rate and not paper / _FACTOR < ours.mean < paper * _FACTOR:
-        direction = False
-    if off <= claim.tolerance:
-        return "direction" if substituted else "reproduced"
-    if substituted and direction:  # which is the most that it can be
-        return "direction"
-    if off <= claim.tolerance + 2 * ours.error:
-        return "undecided"
-    return "direction" if direction else "not-reproduced"
-
-
-def _distance(claim, ours, paper):
-    """How far a number is from the paper's, and for an undecided one how sure that is."""
-    off, where = _off(ours.mean, paper), " on other data than the paper's" if claim.id[:2] in _SUBSTITUTED else ""
-    text = f"off by {max(off, 0):.3g}{where}, tolerance {claim.tolerance:g}"
-    if not claim.tolerance < off <= claim.tolerance + 2 * ours.error:
-        return text
-    near = sum(_off(value, paper) <= claim.tolerance for value in ours.values)
-    return (f"{text}, two standard errors {2 * ours.error:.3g}; "
-            f"{near or 'none'} of the {ours.n} seeds within the tolerance")
-
-
-def _off(value, paper):
-    return abs(value - paper) - 1e-9  # 0.9892 - 0.9852 is a little more than 0.004 in binary
-
-
-def _revision():
-    root, git = _PACKAGE.parents[1], shutil.which("git")
-    # else installed, perhaps in the environment of another project, or a download unpacked within a repository
-    if git and (root / "book/claims.yml").exists() and (root / ".git").exists():
-        command = [git, "--no-optional-locks", "status", "--porcelain=v2", "--branch"]
-        made_by = ["src", "notebooks", "book/claims.yml"]
-        found = subprocess.run([*command, *made_by], cwd=root, capture_output=True, text=True).stdout.splitlines()
-        if found:
-            return found[0].split()[-1], any(not line.startswith("#") for line in found)
-    return f"v{__version__}", None
-
-
-def _device():
-    tf = sys.modules.get("tensorflow")
-    for gpu in tf.config.list_physical_devices("GPU") if tf else []:
-        return tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name)
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    return model[1] if model else platform.processor() or platform.machine()

@@ -26,8 +26,9 @@ from helpers.book import Book, BookError, code_cells, same_code, written
 from helpers.execution import failures, status
 from helpers.files import atomic
 from helpers.profiles import PROFILES
-from helpers.records import Record, claims, compare
+from helpers.records import Record
 from helpers.units import makespan
+from helpers.verdicts import claims, compare
 
 MAX_BYTES = 4_000_000  # of an executed copy in the repository
 MAX_CHARACTERS = 2_000  # of an error on a page

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 NO_COMPUTE = {"__init__", "__main__", "address", "book", "cli", "cluster", "execution", "figures", "files", "primer",
-              "profiles", "records", "report", "site", "tracing", "units"}
+              "profiles", "provenance", "records", "report", "site", "tracing", "units", "verdicts"}
 _FOLDER = Path(__file__).parent
 
 

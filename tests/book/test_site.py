@@ -14,7 +14,8 @@ from conftest import ROOT
 from helpers import board
 from helpers.address import is_set
 from helpers.execution import status
-from helpers.records import Record, claims
+from helpers.records import Record
+from helpers.verdicts import claims
 
 LOADED = {"link": ["href"], "img": ["src", "srcset"], "script": ["src"], "iframe": ["src"], "source": ["src", "srcset"],
           "video": ["src", "poster"], "audio": ["src"], "embed": ["src"], "object": ["data"], "use": ["href"]}

@@ -17,8 +17,9 @@ from nbformat.v4 import new_output
 from helpers import board, flags
 from helpers.book import Book, BookError
 from helpers.execution import execute
-from helpers.records import Record, claims
+from helpers.records import Record
 from helpers.site import MAX_BYTES, build, errata, ledger, publish, stage, what_is_left
+from helpers.verdicts import claims
 
 
 def page(book, chapter="02_tiny"):

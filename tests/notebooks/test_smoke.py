@@ -8,7 +8,8 @@ from conftest import ROOT, papermill
 
 from helpers.book import Book
 from helpers.execution import failures
-from helpers.records import Record, claims
+from helpers.records import Record
+from helpers.verdicts import claims
 
 CHAPTERS = Book(ROOT, ROOT / "_build").chapters()
 

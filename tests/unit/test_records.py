@@ -19,9 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import helpers
-from helpers import flags, records
-from helpers.records import Claim, Record, claims, compare
+from helpers import flags, provenance, records, verdicts
+from helpers.records import Record
 from helpers.tracing import NO_COMPUTE
+from helpers.verdicts import Claim, claims, compare
 
 ROOT = Path(__file__).parents[2]
 CHAPTER = "02_mixed_batch_adversarial_training"
@@ -47,7 +48,8 @@ def own_claims(monkeypatch):
         {"id": "05.number", "kind": "number", "value": 0.9, "tolerance": 0.05},
     ]
     found = {kind["id"]: Claim(where="Table I", what="something", **kind) for kind in kinds}
-    monkeypatch.setattr(records, "claims", lambda path=None: found)
+    for module in (records, verdicts):
+        monkeypatch.setattr(module, "claims", lambda path=None: found)
     return found
 
 
@@ -75,7 +77,7 @@ def test_a_claim_with_an_unquoted_comma_is_refused(tmp_path):
 
 def test_an_installed_package_brings_the_claims_along(tmp_path, monkeypatch):
     shutil.copy(ROOT / "book/claims.yml", tmp_path)
-    monkeypatch.setattr(records, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(verdicts, "_PACKAGE", tmp_path)
     assert claims() == claims(ROOT / "book/claims.yml")
 
 
@@ -188,7 +190,7 @@ def test_a_claim_without_values_is_not_testable():
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=8))
 def test_the_measurement_is_the_sample_mean_and_deviation(values):
-    ours = records._measure(values)
+    ours = verdicts.measured(values)
     assert ours.values == values and ours.n == len(values)
     assert ours.mean == pytest.approx(math.fsum(values) / len(values), abs=1e-6)
     assert ours.sd == pytest.approx(np.std(values, ddof=1) if len(values) > 1 else 0.0, abs=1e-6)
@@ -301,12 +303,12 @@ def test_the_file_follows_the_schema_of_the_design(tmp_path):
     assert repr(content["tables"]) == repr({"networks": [row]})  # 3 and not 3.0, True and not 1
     assert content["curves"] == {"accuracy": {"x": [0, 0.5], "series": {
         "normal": [[1, 0.5], [1, 0.25]], "mixed": [[1, 0.75]]}}}
-    provenance = content["provenance"]
-    assert list(provenance) == ["commit", "dirty", "helpers", "helpers_sha256", "python", "packages", "device",
+    made = content["provenance"]
+    assert list(made) == ["commit", "dirty", "helpers", "helpers_sha256", "python", "packages", "device",
                                 "cpu_count", "seconds", "units", "datasets"]
-    assert provenance["datasets"] == DATASETS
-    assert set(provenance["packages"]) == {"numpy", "scipy", "scikit-learn", "scikit-image", "tensorflow", "keras"}
-    assert "unknown" not in provenance["packages"].values()
+    assert made["datasets"] == DATASETS
+    assert set(made["packages"]) == {"numpy", "scipy", "scikit-learn", "scikit-image", "tensorflow", "keras"}
+    assert "unknown" not in made["packages"].values()
 
 
 def test_a_record_survives_the_file(tmp_path):
@@ -475,15 +477,15 @@ def test_the_hash_of_the_helpers_is_what_sha256sum_prints():
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
              for path in sorted(Path(records.__file__).parent.glob("*.py")) if path.stem not in NO_COMPUTE]
     assert len(lines) > 10 and not any("cli.py" in line for line in lines)  # a page is not older for a new command
-    assert records.helpers_sha256() == hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert provenance.helpers_sha256() == hashlib.sha256("".join(lines).encode()).hexdigest()
     two = [line for line in lines if line.split()[1] in ("checks.py", "flags.py")]
-    assert records.helpers_sha256(["flags", "checks"]) == hashlib.sha256("".join(two).encode()).hexdigest()
+    assert provenance.helpers_sha256(["flags", "checks"]) == hashlib.sha256("".join(two).encode()).hexdigest()
 
 
 def test_a_record_names_the_helpers_that_its_chapter_had_loaded():
     about = start().provenance
     assert {"checks", "flags"} <= set(about.helpers) and not NO_COMPUTE & set(about.helpers)
-    assert about.helpers_sha256 == records.helpers_sha256(about.helpers)
+    assert about.helpers_sha256 == provenance.helpers_sha256(about.helpers)
     script = "from helpers import flags, records; print(*records.Record.start('00_x', 'smoke', {}).provenance.helpers)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["checks", "flags"]  # a change of another one does not make its page older
@@ -497,7 +499,7 @@ def checkout(tmp_path, monkeypatch):
     (tmp_path / "src/helpers/a.py").write_text("a = 1\n")
     (tmp_path / "README.md").write_text("first\n")
     shutil.copy(ROOT / "book/claims.yml", tmp_path / "book")
-    monkeypatch.setattr(records, "_PACKAGE", tmp_path / "src/helpers")
+    monkeypatch.setattr(provenance, "_PACKAGE", tmp_path / "src/helpers")
     return tmp_path
 
 
@@ -511,8 +513,8 @@ def test_the_commit_and_whether_the_code_differs_from_it(checkout):
     git(checkout, "init")
     git(checkout, "add", ".")
     git(checkout, "commit", "-m", "first")
-    provenance = start().provenance
-    assert (provenance.commit, provenance.dirty) == (git(checkout, "rev-parse", "HEAD"), False)
+    about = start().provenance
+    assert (about.commit, about.dirty) == (git(checkout, "rev-parse", "HEAD"), False)
     (checkout / "README.md").write_text("changed\n")  # decides no number
     assert start().provenance.dirty is False
     (checkout / "src/helpers/b.py").write_text("b = 1\n")
@@ -521,14 +523,14 @@ def test_the_commit_and_whether_the_code_differs_from_it(checkout):
 
 def test_outside_a_repository_the_version_stands_in(checkout, monkeypatch):
     expected = (f"v{helpers.__version__}", None)
-    assert records._revision() == expected  # a checkout's layout, but no repository
+    assert provenance.revision() == expected  # a checkout's layout, but no repository
     git(checkout, "init")
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert records._revision() == expected  # no git
+    assert provenance.revision() == expected  # no git
     monkeypatch.undo()
     (checkout / "book/claims.yml").unlink()
-    monkeypatch.setattr(records, "_PACKAGE", checkout / "src/helpers")
-    assert records._revision() == expected  # installed inside somebody else's repository
+    monkeypatch.setattr(provenance, "_PACKAGE", checkout / "src/helpers")
+    assert provenance.revision() == expected  # installed inside somebody else's repository
 
 
 def test_the_cores_are_those_that_the_process_may_use(monkeypatch):

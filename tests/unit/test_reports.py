@@ -83,8 +83,8 @@ from helpers import (
     execution,
     filters,
     models,
+    provenance,
     purification,
-    records,
     rejection,
     svm,
     training,
@@ -514,15 +514,15 @@ def test_a_download_within_another_repository_does_not_take_its_commit(tmp_path,
     (root / "src/helpers").mkdir(parents=True)
     (root / "book").mkdir()
     (root / "book/claims.yml").touch()
-    monkeypatch.setattr(records, "_PACKAGE", root / "src/helpers")
+    monkeypatch.setattr(provenance, "_PACKAGE", root / "src/helpers")
     git(tmp_path / "theirs", "init")
     git(tmp_path / "theirs", "add", ".")
     git(tmp_path / "theirs", "commit", "-m", "first")
-    assert records._revision() == (f"v{records.__version__}", None)
+    assert provenance.revision() == (f"v{provenance.__version__}", None)
     git(root, "init")
     git(root, "add", ".")
     git(root, "commit", "-m", "first")
-    assert records._revision() == (git(root, "rev-parse", "HEAD"), False)
+    assert provenance.revision() == (git(root, "rev-parse", "HEAD"), False)
 
 
 @pytest.mark.parametrize("ends", ["\r\n", "\n"])
