@@ -125,14 +125,14 @@ def arena(file, dataset, norm, eps, images, seed, randomised):
     from images to logits, or an object with `randomised`, a call and `paths` (see CONTRIBUTING.md, and the file
     book/my_defence.py). It says what is left, which flags are raised and what to try, and the place on the board.
     """
-    from helpers import arena, board, data, report  # TensorFlow takes seconds, which the other commands do not need
+    from helpers import arena, board, data, guest, report  # TensorFlow takes seconds, and other commands need none
     from helpers.threat import ThreatModel
 
     try:
         threat, loaded, options = ThreatModel(norm, eps), data.load(dataset), {"images": images, "seed": seed}
-        brought = arena.opened(file, randomised)
+        brought = guest.opened(file, randomised)
         entry = arena.examine(brought, loaded, threat, name=file.stem, label="attacks", **options)
-    except (arena.ArenaError, ValueError, OSError) as error:
+    except (guest.ArenaError, ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     place = board.place(entry.summary(), board.kept())
     for line in report.lines(entry, place):

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 from click.testing import CliRunner
 
-from helpers import arena, board, cli, data, evaluation, models, report, standard, training
+from helpers import arena, board, cli, data, evaluation, guest, models, report, standard, training
 from helpers.defence import Network, OneOf, Outputs, Path, answers
 from helpers.threat import ThreatModel
 
@@ -92,8 +92,8 @@ def command(*arguments, folder):
     ("def defence(:", "SyntaxError"),
 ])
 def test_a_file_that_holds_no_defence_is_named_with_the_reason(tmp_path, text, message):
-    with pytest.raises(arena.ArenaError, match="mine.py") as error:
-        arena.opened(written(tmp_path, text))
+    with pytest.raises(guest.ArenaError, match="mine.py") as error:
+        guest.opened(written(tmp_path, text))
     assert message in str(error.value)
 
 
@@ -101,20 +101,20 @@ def test_other_files_and_damaged_networks_are_refused(tmp_path):
     (tmp_path / "mine.keras").write_bytes(b"no network")
     (tmp_path / "mine.txt").write_text("")
     for name in ("mine.keras", "mine.txt"):
-        with pytest.raises(arena.ArenaError, match=name):
-            arena.opened(tmp_path / name)
+        with pytest.raises(guest.ArenaError, match=name):
+            guest.opened(tmp_path / name)
 
 
 def test_a_saved_network_is_opened(saved, network, dataset):
-    found = arena.brought(arena.opened(saved), dataset.x_test)
+    found = guest.brought(guest.opened(saved), dataset.x_test)
     np.testing.assert_allclose(found(dataset.x_test[:2]).logits, network(dataset.x_test[:2], training=False), atol=1e-5)
 
 
 def test_a_saved_network_that_is_random_says_so_by_an_option(tmp_path, dataset):
     noise = keras.Sequential([keras.Input((28, 28, 1)), keras.layers.Flatten(), keras.layers.Dense(10)])
     noise.save(tmp_path / "net.keras")
-    assert models.randomised(arena.opened(tmp_path / "net.keras", randomised=True))
-    assert not models.randomised(arena.opened(tmp_path / "net.keras"))
+    assert models.randomised(guest.opened(tmp_path / "net.keras", randomised=True))
+    assert not models.randomised(guest.opened(tmp_path / "net.keras"))
 
 
 # ── Bad input: a clear sentence ──
@@ -136,7 +136,7 @@ def test_a_saved_network_that_is_random_says_so_by_an_option(tmp_path, dataset):
     (lambda net: lambda x: Outputs(net(x, training=False), tf.zeros(len(x))), "has no `paths"),
 ])
 def test_what_does_not_answer_as_expected_is_refused_in_words(network, dataset, build, message):
-    with pytest.raises(arena.ArenaError, match=f"^mine: .*{message}"):
+    with pytest.raises(guest.ArenaError, match=f"^mine: .*{message}"):
         arena.examine(build(network), dataset, THREAT, name="mine", images=8)
 
 
@@ -164,7 +164,7 @@ class Own:
     ({"ways": lambda: 1 / 0}, "ZeroDivisionError"),
 ])
 def test_members_that_do_not_answer_as_expected_are_refused_in_words(network, dataset, options, message):
-    with pytest.raises(arena.ArenaError, match=f"^mine: .*{message}"):
+    with pytest.raises(guest.ArenaError, match=f"^mine: .*{message}"):
         arena.examine(Own(network, **options), dataset, THREAT, name="mine", images=8)
 
 
@@ -173,7 +173,7 @@ def test_undeclared_randomness_of_a_network_is_refused(network, dataset):
         def call(self, x):
             return x + tf.random.normal(tf.shape(x))
 
-    with pytest.raises(arena.ArenaError, match="differently"):
+    with pytest.raises(guest.ArenaError, match="differently"):
         arena.examine(shaped(Noise(), network), dataset, THREAT, images=8)
 
 
@@ -182,12 +182,12 @@ def test_nan_that_only_an_attack_meets_is_said(quick, network, dataset):
         return network(x, training=False) / tf.where(tf.reduce_all(tf.abs(x * 255 - tf.round(x * 255)) < 1e-3),
                                                          1.0, np.nan)
 
-    with pytest.raises(arena.ArenaError, match="mine: while it was attacked: .*(NaN|not finite)"):
+    with pytest.raises(guest.ArenaError, match="mine: while it was attacked: .*(NaN|not finite)"):
         arena.examine(brittle, dataset, THREAT, name="mine", images=8)
 
 
 def test_more_images_than_there_are_is_said(network, dataset):
-    with pytest.raises(arena.ArenaError, match="images: got 21, expected 1 to 20, which digits has"):
+    with pytest.raises(guest.ArenaError, match="images: got 21, expected 1 to 20, which digits has"):
         arena.examine(network, dataset, THREAT, images=21)
 
 
@@ -195,7 +195,7 @@ def test_a_gradient_that_is_not_finite_is_said_with_what_to_try(quick, network, 
     def rooted(x):
         return network(x, training=False) + tf.sqrt(tf.nn.relu(x[:, :1, 0, 0] - 2))
 
-    with pytest.raises(arena.ArenaError, match="mine: while it was attacked: .*not finite.*add a little"):
+    with pytest.raises(guest.ArenaError, match="mine: while it was attacked: .*not finite.*add a little"):
         arena.examine(rooted, dataset, THREAT, name="mine", images=8)
 
 
