@@ -308,7 +308,7 @@ def test_every_number_of_the_ledger_is_in_a_committed_record_and_its_section_in_
             assert record is None or book.changed(*book.committed(record.chapter))
             continue
         ours = entry.ours.values() if isinstance(entry.ours, dict) else [entry.ours]
-        if known[row["Claim"]].kind == "choice":  # not a mean: what was chosen
+        if known[row["Claim"]].kind == "choice" and entry.ours:  # not a mean: what was chosen
             ours = [f"{' or '.join(f'{value:g}' for value in dict.fromkeys(ours[0].values))} (n = {ours[0].n})"]
         assert row["Ours"] in [str(value or "–") for value in ours]
         assert (row["Verdict"], row["Run"][:10]) == (entry.verdict, record.created[:10])
