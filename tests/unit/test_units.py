@@ -410,7 +410,7 @@ def test_the_helpers_that_a_unit_reaches_count(chapter, touch, imports, use, rea
             "def unit(x):\n    return {'y': helper(x)}\n")
     assert chapter(text) == 1
     touch("training", "'a docstring that moved'")
-    for label in ("figures.show", "records.claims", "files.sha256", "units.run", *not_reached):
+    for label in ("figures.show", "verdicts.claims", "files.sha256", "units.run", *not_reached):
         touch(label)  # these compute nothing, or not for this unit
     assert chapter(text) == 1
     for files, label in enumerate(reached, start=2):
