@@ -145,8 +145,8 @@ class Record(Strict):
             raise ValueError(f"note: {id!r} has no values, expected a note that says why")
         parts = values if isinstance(values, Mapping) else {} if values is None else {"": values}
         columns = parts if claim.value is None else [""]  # a statement has the columns that we give it
-        wanted = set(claim.value) if isinstance(claim.value, dict) else set(columns)
-        if values is not None and (not parts or parts.keys() != wanted):
+        wanted = claim.by_column(columns)
+        if values is not None and (not parts or parts.keys() != wanted.keys()):
             raise ValueError(f"values: got {sorted(parts)}, expected the columns {sorted(wanted)} of {id!r}")
         ours = {part: measured(seeds) for part, seeds in parts.items()}
         found = judge(claim, ours, direction, choice_tie)

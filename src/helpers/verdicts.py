@@ -38,6 +38,10 @@ class Claim(Strict):
     rate: bool = False
     section: str = "The paper and ours, side by side"
 
+    def by_column(self, columns: Iterable[str]) -> dict[str, float | None]:
+        """Return the paper's value of each of its columns; of `columns` where the paper has one value, or none."""
+        return self.value if isinstance(self.value, dict) else dict.fromkeys(columns, self.value)
+
 
 class Measurement(Strict):
     """One value a seed, their mean and their sample standard deviation (0 where n = 1)."""
@@ -86,13 +90,12 @@ def compare(outcomes: Mapping[str, Outcome | None], raised: Mapping[str, Iterabl
         claim, ours = every[id], outcome.ours if outcome else None
         verdict, note = (outcome.verdict, outcome.note) if outcome else ("no record yet", "")
         parts = ours if isinstance(ours, dict) else {"": ours}
-        papers = claim.value if isinstance(claim.value, dict) else dict.fromkeys(parts, claim.value)
         doubt = "; ".join(f"NOT SOUND: {flag}" for flag in (raised or {}).get(id, []))
         tested = claim.kind == "number" and ours and verdict != "not-testable"
         rows += [(id, ": ".join(filter(None, (claim.what or claim.where, part))),
                   "–" if paper is None else f"{paper:g}", _ours(claim, parts.get(part)), verdict,
                   "; ".join(filter(None, [doubt, _distance(claim, parts[part], paper) if tested else "", note])))
-                 for part, paper in papers.items()]
+                 for part, paper in claim.by_column(parts).items()]
     return pd.DataFrame(rows, columns=["Claim", "What", "Paper", "Ours", "Verdict", "Note"])
 
 
@@ -113,7 +116,7 @@ def measured(values) -> Measurement:
 
 def judge(claim: Claim, ours: Mapping[str, Measurement], direction: bool | None, choice_tie=False) -> Verdict:
     """Return the verdict on `ours`, measurements by column, of which the worst counts; `Record.claim` has the rules."""
-    papers = claim.value if isinstance(claim.value, dict) else dict.fromkeys(ours, claim.value)
+    papers = claim.by_column(ours)
     found = [_judged(claim, ours[part], papers[part], direction, choice_tie) for part in ours]
     return max(found, key=_VERDICTS.index, default="not-testable")
 
