@@ -68,6 +68,17 @@ def test_code_cells_are_short_and_no_line_is_cut_off_on_the_page(path):
 
 
 @every_chapter
+def test_no_cell_prints_what_a_record_returns(path):
+    bare = []
+    for cell in cells(path):
+        statements = [] if "%pip" in cell.source else ast.parse(cell.source).body  # a magic is no Python
+        last = ast.unparse(statements[-1]) if statements else ""
+        if last.startswith("record.claim(") and "remove-output" not in cell.metadata.get("tags", []):
+            bare.append(cell.id)
+    assert not bare, f"a verdict ends these cells, and a page would show it as Python prints it: {bare}"
+
+
+@every_chapter
 def test_every_exercise_has_a_solution_that_is_folded(path):
     text = "\n".join(cell.source for cell in cells(path, "markdown"))
     asked = re.findall(r"^:{3,}\{exercise\}\n:label: (\S+)$", text, re.MULTILINE)
