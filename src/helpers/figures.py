@@ -25,7 +25,8 @@ PURIFICATION = {"bare": INK, "purified": "#0072b2", "adversarial training": "#00
 # Distinct within each group for colour-blind eyes; dashes and markers help.
 COLOURS = DEFENCES | ATTACKS | REJECTION | FILTERS | KNOWLEDGE | PURIFICATION
 VERDICTS = {"reproduced": ("#7cc4e8", ""), "undecided": ("#c9e3c1", "--"), "direction": ("#f2d98d", "//"),
-            "not-reproduced": ("#ee9a6f", "xx"), "not-testable": ("#d9d9d9", "..")}
+            "not-reproduced": ("#ee9a6f", "xx"), "not-testable": ("#d9d9d9", ".."),
+            "withdrawn": ("#ffffff", "oo")}
 
 
 def use_style():

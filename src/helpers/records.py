@@ -15,7 +15,7 @@ from helpers import files, provenance
 from helpers.checks import known
 from helpers.profiles import PROFILES
 from helpers.units import PACKAGES, earlier_seconds, taken, versions
-from helpers.verdicts import Finite, Outcome, Strict, Verdict, claims, compare, judge, measured
+from helpers.verdicts import WITHDRAWN, Finite, Outcome, Strict, Verdict, claims, compare, judge, measured
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -178,6 +178,12 @@ class Record(Strict):
         found = [] if self.profile == "smoke" else self.flags or []
         return [flag for flag in found if not flag.passed and (id is None or flag.touches(id))]
 
+    def beyond(self) -> list[Flag]:
+        """Return the flags that passed by their interval alone: the measured value lies beyond the limit."""
+        clear = {">=": np.greater_equal, "<=": np.less_equal}
+        found = [] if self.profile == "smoke" else self.flags or []
+        return [flag for flag in found if flag.passed and not clear[flag.relation](flag.measured, flag.limit)]
+
     def table(self, name: str, rows: Iterable[Mapping]) -> None:
         """Add a table: one dictionary a row, of strings, finite numbers, truth values or None."""
         self.tables = {**self.tables, name: [
@@ -210,8 +216,11 @@ class Record(Strict):
         """Return the record in a file. Raises ValueError when it does not follow the schema."""
         return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
 
-    def judged_again(self) -> "Record":
-        """Return the same record with the verdicts on numbers that today's rules give to its values."""
+    def judged_again(self, withdrawn: Iterable[str] = ()) -> "Record":
+        """Return the same record with the verdicts on numbers that today's rules give to its values.
+
+        `withdrawn`: beginnings of the ids of claims on which this run is known to be wrong; they keep their values.
+        """
         every, again = claims(), self.model_copy(deep=True)
         for outcome in again.claims:
             claim = every[outcome.id]
@@ -219,6 +228,9 @@ class Record(Strict):
                 parts = outcome.ours if isinstance(outcome.ours, dict) else {"": outcome.ours}
                 direction = outcome.verdict != "not-reproduced"  # what was reproduced had the paper's sign
                 outcome.verdict = judge(claim, parts, direction)
+            if outcome.id.startswith(tuple(withdrawn)):
+                outcome.note = f"{outcome.verdict} by this run; its errata say why that is withdrawn. {outcome.note}"
+                outcome.verdict = WITHDRAWN
         return again
 
     def comparison(self) -> pd.DataFrame:

@@ -163,9 +163,16 @@ def _cover(page):
 
 
 def _kept(book):
-    """The committed records by chapter, judged by today's rules."""
+    """The committed records by chapter, as `_judged`."""
     records = map(Record.load, sorted(book.root.glob("book/results/*/paper.json")))
-    return {record.chapter: record.judged_again() for record in records}
+    return {record.chapter: _judged(book, record) for record in records}
+
+
+def _judged(book, record):
+    """A record by today's rules, less the verdicts that the errata of its run withdraw."""
+    about = _listed(book, "errata").get(record.chapter)
+    known = about and record.provenance.commit.startswith(about["run"])
+    return record.judged_again(about.get("withdrawn", []) if known else [])
 
 
 def ledger(book: Book) -> pd.DataFrame:
@@ -328,7 +335,7 @@ def _stage_chapter(book, chapter, stage, pages, wrong):
     found, downloads = book.shown(chapter), stage / "book/downloads"
     page, record = book.source(chapter), None
     if found:
-        page, record = _page(book, chapter, found[0]), Record.load(found[1]).judged_again()
+        page, record = _page(book, chapter, found[0]), _judged(book, Record.load(found[1]))
     nbformat.write(page, downloads / f"{chapter}.ipynb")
     if record:
         (downloads / f"{chapter}.json").write_text(record.model_dump_json(indent=1), encoding="utf-8")
@@ -338,7 +345,7 @@ def _stage_chapter(book, chapter, stage, pages, wrong):
     title = page.cells[0].source.splitlines()[0].lstrip("# ")
     changed = book.changed(*found) if found else []
     facts = {"chapter": chapter, "title": title, "record": record, "times": times, "changed": changed,
-             "explained": _explained(book, chapter)}
+             "explained": _explained(book, chapter), "paper": any(name[:2] == chapter[:2] for name in claims())}
     banners = _banners(book, chapter, changed, wrong if found == book.committed(chapter) else [])
     card = banners + pages.get_template("card.md.jinja").render(facts)
     page.cells.insert(1, nbformat.v4.new_markdown_cell(card, id="card"))

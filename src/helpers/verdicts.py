@@ -11,8 +11,9 @@ import yaml
 from pydantic import BaseModel, Field
 
 _VERDICTS = ("reproduced", "undecided", "direction", "not-reproduced", "not-testable")  # from the best to the worst
+WITHDRAWN = "withdrawn"  # what a run said is known to be wrong, and no other run has said more
 _FACTOR = 3  # a rate that is so many times the paper's, or a part of it, has not even its direction
-Verdict = Literal[_VERDICTS]
+Verdict = Literal[(*_VERDICTS, WITHDRAWN)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 _PACKAGE = Path(__file__).resolve().parent
 _SUBSTITUTED = ("05",)  # papers whose data is not public: on other data a number can at best agree in direction
@@ -91,7 +92,7 @@ def compare(outcomes: Mapping[str, Outcome | None], raised: Mapping[str, Iterabl
         verdict, note = (outcome.verdict, outcome.note) if outcome else ("no record yet", "")
         parts = ours if isinstance(ours, dict) else {"": ours}
         doubt = "; ".join(f"NOT SOUND: {flag}" for flag in (raised or {}).get(id, []))
-        tested = claim.kind == "number" and ours and verdict != "not-testable"
+        tested = claim.kind == "number" and ours and verdict not in ("not-testable", WITHDRAWN)
         rows += [(id, ": ".join(filter(None, (claim.what or claim.where, part))),
                   "–" if paper is None else f"{paper:g}", _ours(claim, parts.get(part)), verdict,
                   "; ".join(filter(None, [doubt, _distance(claim, parts[part], paper) if tested else "", note])))
@@ -136,8 +137,8 @@ def _judged(claim, ours, paper, direction, choice_tie):
         direction = False
     if off <= claim.tolerance:
         return "direction" if substituted else "reproduced"
-    if substituted and direction:  # which is the most that it can be
-        return "direction"
+    if substituted:  # of which that is the most, and which more seeds do not make the paper's
+        return "direction" if direction else "not-reproduced"
     if off <= claim.tolerance + 2 * ours.error:
         return "undecided"
     return "direction" if direction else "not-reproduced"
@@ -151,7 +152,7 @@ def _distance(claim, ours, paper):
         return text
     near = sum(_off(value, paper) <= claim.tolerance for value in ours.values)
     return (f"{text}, two standard errors {2 * ours.error:.3g}; "
-            f"{near or 'none'} of the {ours.n} seeds within the tolerance")
+            f"{near or 'none'} of the {ours.n} values within the tolerance")
 
 
 def _off(value, paper):

@@ -160,7 +160,7 @@ def test_a_raised_flag_is_on_the_card_and_in_the_ledger_with_its_explanation(tin
     assert "from before its checks were recorded" in page(book).cells[1].source
     assert set(ledger(book).query("Verdict == 'reproduced'")["Sound"]) == {"not recorded"}
     kept = book.committed("02_tiny")[1]
-    for passed, mark in ((True, "{bdg-success}`sound` All 1 conditions"), (False, "{bdg-danger}`not sound` 1 of 1")):
+    for passed, mark in ((True, "{bdg-success}`sound` None of 1 conditions"), (False, "{bdg-danger}`not sound` 1 of 1")):
         row = flags.flag("accuracy", 0.9, 0.85 if passed else 0.95, ">=", 50, 0.8, 0.94)
         fresh = Record.model_validate(record.model_dump())
         fresh.flag("network", [row])
@@ -204,6 +204,19 @@ def test_errata_are_about_one_run_and_stand_above_its_card(tiny):
         else:
             with pytest.raises(BookError, match="errata.yml: 02_tiny.*of commit 0123456789"):
                 stage(book)
+
+
+def test_errata_withdraw_the_verdicts_that_fall_with_them(tiny):
+    book = tiny(RECORD)
+    record, path = commit(book), book.root / "book/errata.yml"
+    (outcome, *_) = record.claims
+    for run, withdrawn in ((record.provenance.commit[:10], True), ("0123456789", False)):  # of another run: of no moment
+        path.write_text(f"02_tiny:\n  run: '{run}'\n  withdrawn: [{outcome.id[:6]}]\n  wrong: [It was measured twice.]\n")
+        frame = ledger(book).set_index("Claim").loc[[outcome.id]]
+        assert (frame["Verdict"] == ("withdrawn" if withdrawn else outcome.verdict)).all()
+        assert frame["Note"].str.startswith(f"{outcome.verdict} by this run").all() == withdrawn
+        if withdrawn:
+            assert "withdrawn`" in page(book).cells[1].source
 
 
 def test_injected_cells_logs_and_paths_of_the_machine_are_not_shown(tiny):
@@ -311,9 +324,11 @@ def test_every_number_of_the_ledger_is_in_a_committed_record_and_its_section_in_
         if known[row["Claim"]].kind == "choice" and entry.ours:  # not a mean: what was chosen
             ours = [f"{' or '.join(f'{value:g}' for value in dict.fromkeys(ours[0].values))} (n = {ours[0].n})"]
         assert row["Ours"] in [str(value or "–") for value in ours]
-        assert (row["Verdict"], row["Run"][:10]) == (entry.verdict, record.created[:10])
-        assert row["Note"] and row["Note"].endswith(entry.note)
-        if known[row["Claim"]].kind == "number":
+        withdrawn = row["Verdict"] == "withdrawn"
+        assert withdrawn or row["Verdict"] == entry.verdict
+        assert not withdrawn or errata(book, record.chapter)
+        assert row["Run"][:10] == record.created[:10] and row["Note"] and row["Note"].endswith(entry.note)
+        if not withdrawn and known[row["Claim"]].kind == "number":
             assert re.match(rf"off by [\d.e-]+.*, tolerance {known[row['Claim']].tolerance:g}\b", row["Note"])
     for chapter in book.chapters():
         text = [cell.source for cell in book.source(chapter).cells if cell.cell_type == "markdown"]
@@ -344,7 +359,8 @@ def test_the_index_says_what_its_first_figure_finds(tmp_path):
     book = Book(ROOT, tmp_path)
     stage(book)
     verdicts = dict.fromkeys(
-        ["reproduced", "undecided", "direction", "not-reproduced", "not-testable", "no record yet"], 0)
+        ["reproduced", "undecided", "direction", "not-reproduced", "not-testable", "withdrawn",
+         "no record yet"], 0)
     verdicts |= ledger(book).drop_duplicates("Claim")["Verdict"].value_counts()
     text = (tmp_path / "stage/book/index.md").read_text()
     (found,) = re.findall(r"at-a-glance\.png\n:alt: (.*)\n:name: ", text)

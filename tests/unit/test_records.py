@@ -107,6 +107,7 @@ def test_an_installed_package_brings_the_claims_along(tmp_path, monkeypatch):
     ("02.columns", {"clean": [0.91], "fgsm": [0.30]}, {"direction": True}, "direction"),
     ("05.number", [0.9], {}, "direction"),  # other data than the paper's
     ("05.number", [0.5], {}, "not-reproduced"),
+    ("05.number", [0.5, 0.9], {}, "not-reproduced"),  # nor does a wide spread make it agree
     ("02.order", [0.1, 0.11, 0.09], {}, "reproduced"),
     ("02.order", [0.1, 0.1], {}, "reproduced"),
     ("02.order", [0.1], {}, "direction"),  # one seed has no standard error
@@ -162,10 +163,10 @@ def test_old_records_are_judged_by_todays_rules(own_claims):
     ("02.number", [0.9852], "off by 0.004, tolerance 0.004"),
     ("02.number", [0.5], "off by 0.489, tolerance 0.004"),
     ("02.number", [0.97, 0.98, 0.99],
-     "off by 0.0092, tolerance 0.004, two standard errors 0.0115; 1 of the 3 seeds within the tolerance"),
+     "off by 0.0092, tolerance 0.004, two standard errors 0.0115; 1 of the 3 values within the tolerance"),
     ("02.number", [0.97, 0.98, 0.98], "off by 0.0125, tolerance 0.004"),
     ("02.number", [0.97, 0.995, 0.97, 0.995],
-     "off by 0.0067, tolerance 0.004, two standard errors 0.0144; none of the 4 seeds within the tolerance"),
+     "off by 0.0067, tolerance 0.004, two standard errors 0.0144; none of the 4 values within the tolerance"),
     ("05.number", [0.89], "off by 0.01 on other data than the paper's, tolerance 0.05"),
     ("02.order", [0.1, 0.2], ""),
 ])
@@ -406,6 +407,13 @@ def test_a_raised_flag_marks_the_claims_that_hang_on_it():
     record.claim(ORDER, [0.1, 0.1], "our note")
     mark = "NOT SOUND: normal: accuracy is 0.9 (0.8 to 0.94), expected at least 0.95, n = 50"
     assert list(record.comparison()["Note"]) == [f"{mark}; our note"]
+
+
+def test_a_flag_that_passes_by_its_interval_alone_is_counted():
+    record = start("paper")
+    record.flag("normal", [flags.flag("accuracy", 0.9, 0.85, ">=", 50, 0.8, 0.94)])
+    record.flag("mixed-batch", [flags.flag("accuracy", 0.9, 0.92, ">=", 50, 0.8, 0.94)])
+    assert [flag.limit for flag in record.beyond()] == [0.92]
 
 
 def test_a_flag_beyond_the_paper_marks_the_run_and_no_claim():
