@@ -63,7 +63,7 @@ address: $(READY) ## write the repository's address to all files that name it [U
 
 clean: ## remove what was made, except .venv and what paper runs go on from: _build/units, and the files they name
 	@[ ! -d _build ] || find _build -mindepth 1 -maxdepth 1 \
-	  ! -name units ! -name networks ! -name defences -exec rm -r {} +
+	  ! -name .lock ! -name units ! -name networks ! -name defences -exec rm -rf {} +
 
 $(PEERS): tests/benchmarks/requirements.lock $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --upgrade \

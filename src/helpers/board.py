@@ -96,7 +96,7 @@ def _named(row):
 def figure(board):
     """What is left of each defence (rows) under each threat (panels): an attacker who ignores it, and one who knows it.
 
-    Unsound ones stand below the others, with open marks for both. Without rows it says that there is no record yet.
+    Unsound ones stand below the others, marked †. Without rows it says that there is no record yet.
     """
     threats = list(dict.fromkeys((row["data"], threat(row)) for row in board))
     if not board:

@@ -173,6 +173,8 @@ def _checkout(profile="smoke", show="auto"):
     if not Path("_config.yml").exists():
         raise BookError(f"no _config.yml in {Path.cwd()}: run this in the folder of the book's checkout")
     this = Book(Path.cwd(), files.output().resolve(), profile, show)
+    if folder := os.environ.get("HELPERS_DATA"):
+        os.environ["HELPERS_DATA"] = os.path.abspath(folder)  # a chapter runs in another folder
     try:
         Path.home()
     except RuntimeError:  # as in a container, for a user that it does not know

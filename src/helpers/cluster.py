@@ -119,14 +119,17 @@ def _wait_for_one(client, address):
 def _check_workers(client, address, ask):
     """Return what every worker has to be like; raise ClusterError that names those that are not, or where none is."""
     _wait_for_one(client, address)
-    wanted, seats, refused = _state(*ask), Counter(), []
+    wanted, taken, refused = _state(*ask), {}, []
     for worker, found in client.run(_look, ask, wanted, on_error="return").items():
         if isinstance(found, BaseException):
             found = [f"worker {worker}: {found}; expected the code of the helpers that the client has"], None
         reasons, seat = found
-        seats[seat] += seat is not None
         refused += reasons
-        if seats[seat] > 1:
+        machine, visible = seat or (None, "")
+        devices, others = set(visible.split(",")) - {""}, taken.setdefault(machine, set())
+        shared = devices & others or devices and others and "all" in devices | others
+        others |= devices
+        if shared:
             refused.append(f"worker {worker}: shares a GPU with another worker, expected one worker for each GPU")
     if refused:
         raise ClusterError("\n".join(refused))
@@ -139,7 +142,7 @@ def _look(ask, wanted, dask_worker):
     wrong = [f"{what} is {found.get(what)}, expected {value}" for what, value in wanted.items()
              if found.get(what) != value]
     wrong += [f"it has {threads} threads, expected --nthreads 1: a process computes one unit"] if threads != 1 else []
-    return [f"worker {dask_worker.name}: {'; '.join(wrong)}"] if wrong else [], _gpu()
+    return [f"worker {dask_worker.name}: {'; '.join(wrong)}"] if wrong else [], gpu()
 
 
 def _state(versions, packages, datasets):
@@ -180,7 +183,7 @@ def _datasets(value):
     return tuple(name for name in data.NAMES if any(f'"{word}"' in text for word in (name, *data.checksums(name))))
 
 
-def _gpu():
+def gpu() -> tuple[str, str] | None:
     """Return the machine and the GPUs that this process may use, or None."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
     return (platform.node(), visible) if shutil.which("nvidia-smi") and visible not in ("", "-1") else None
@@ -198,7 +201,7 @@ def _unit(work, arguments, places, contents, ask, wanted):
         _write(place, content)
     if lacking := [place for place in places if not files.output(place).exists()]:
         return lacking
-    if threads := None if _gpu() else 1:  # as `units.run` has it on one machine
+    if threads := None if gpu() else 1:  # as `units.run` has it on one machine
         os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
     with threadpool_limits(threads):
         found = cloudpickle.loads(work)(arguments, threads)

@@ -83,7 +83,7 @@ def execute(book: Book, chapters: list[str], seed: int = 0) -> None:
 
 def status(book: Book) -> list[Record]:
     """Records of the last run of each chapter and profile on this machine, but for those that failed."""
-    runs = [Record.load(path) for path in sorted(book.output.glob("results/*/*.json"))]
+    runs = [Record.load(path) for path in sorted(book.output.glob("results/*/[!.]*.json"))]
     return [run for run in runs if book.run(run.chapter, run.profile)[0].exists()]
 
 

@@ -50,17 +50,16 @@ def say(markdown):
     display(Markdown(markdown))
 
 
-def security_curve(eps, series, ylabel="accuracy", trained_eps=None, ax=None):
+def security_curve(eps, series, ylabel="accuracy", trained_eps=None, ax=None, norm="linf"):
     """A rate in [0, 1] against eps; `series`: name -> (n_seeds, n_eps); `trained_eps` gets a line, `ax` the panel.
 
-    An eps above 1 is an L2 length, which is not counted in steps of 1/255.
+    With `norm` "linf" eps is also counted in steps of 1/255; an "l2" length has no such unit.
     """
     ax = subplots(1, 1, 6, 4.8)[0, 0] if ax is None else ax
     if trained_eps is not None:
         ax.axvline(trained_eps, color=FAINT, linestyle=":", label=f"trained at ε = {trained_eps:g}")
-    ax.set(xlabel="ε (L2, pixel range [0, 1])" if max(eps) > 1 else "ε (pixel range [0, 1])", ylabel=ylabel,
-           ylim=(-0.02, 1.02))
-    if max(eps) <= 1:
+    ax.set(xlabel=f"ε ({'L2, ' * (norm == 'l2')}pixel range [0, 1])", ylabel=ylabel, ylim=(-0.02, 1.02))
+    if norm == "linf":
         ax.secondary_xaxis("top", functions=(lambda e: e * 255, lambda n: n / 255)).set_xlabel("ε (n/255)")
     _bands(ax, series, np.asarray(eps), "osD^vPX*<")
     return ax.figure
@@ -134,7 +133,7 @@ def left_standing(shares):
         ax.plot([np.mean(values) for values in ends], [row, row], color=FAINT, linewidth=1, zorder=1)
         for values, (label, (marker, fill, colour)) in zip(ends, looks.items(), strict=True):
             mean = np.mean(values)
-            reach = [[mean - min(values)], [max(values) - mean]]
+            reach = np.abs([[mean - min(values)], [max(values) - mean]])  # of equal values the mean is off by rounding
             marks[label] = ax.errorbar(mean, row, xerr=reach, marker=marker, fillstyle=fill, color=colour, capsize=3,
                                        linestyle="")
             ax.annotate(f"{mean:.0%}", (mean, row), (0, 7), textcoords="offset points", ha="center", fontsize="small")
@@ -150,8 +149,10 @@ def eps_slider(frames, eps, label, norm="linf"):
 
     With `norm` "linf" each eps is also shown in steps of 1/255; an "l2" length has no such unit.
     """
-    if len(frames) != len(eps) or not frames or not label.strip():
-        raise ValueError(f"frames: got {len(frames)} for {len(eps)} eps, label {label!r}; expected one each")
+    if len(frames) != len(eps) or not frames:
+        raise ValueError(f"frames: got {len(frames)} for {len(eps)} eps; expected one each")
+    if not label.strip():
+        raise ValueError("label: got an empty text; expected what the slider moves")
     lengths = [f"ε = {e:.3g}" + (f" ({e * 255:.3g}/255)" if norm == "linf" else "") for e in eps]
     images = [(png(picture if isinstance(picture, Figure) else digit_grid([picture], columns=1, size=2.2)),
                f"{length}: {text}") for length, (picture, text) in zip(lengths, frames, strict=True)]
@@ -178,7 +179,8 @@ def _bands(ax, series, x=None, markers=" ", columns=2):
         ax.plot(at, np.mean(values, axis=0), ("-", "--", "-.", ":")[i % 4], color=colour, label=label,
                 marker=markers[i % len(markers)])
         ax.fill_between(at, np.min(values, axis=0), np.max(values, axis=0), color=colour, alpha=0.2, linewidth=0)
-    title = f"mean and range of {len(values)} seeds" if len(values) > 1 else "one seed"
+    seeds = sorted({len(values) for values in series.values()})
+    title = f"mean and range of {' or '.join(map(str, seeds))} seeds" if seeds[-1] > 1 else "one seed"
     ax.legend(title=title, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.5)
 
 

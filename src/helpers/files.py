@@ -80,6 +80,8 @@ def atomic(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
+        if error.filename not in (None, str(temporary), temporary) and not path.is_relative_to(error.filename):
+            raise  # of another file, that was to be read
         raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
     finally:
         if temporary.exists():

@@ -35,9 +35,11 @@ def opened(path, randomised=False):
             raise ArenaError(f"{path}: no network of Keras ({said(error)})") from error
     if path.suffix != ".py":
         raise ArenaError(f"{path}: expected a Python file with a function `defence`, or a network saved as .keras")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"guest_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent.resolve()))
+    sys.modules[spec.name] = module  # where dataclasses look for it
+    if (folder := str(path.parent.resolve())) not in sys.path:
+        sys.path.insert(0, folder)  # and it stays: what is called later may import as well
     try:
         spec.loader.exec_module(module)
         if not callable(getattr(module, "defence", None)):
@@ -46,10 +48,8 @@ def opened(path, randomised=False):
         return module.defence()
     except ArenaError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ArenaError(f"{path}{_line_in(error, path)}: {said(error)}") from error
-    finally:
-        sys.path.pop(0)
 
 
 def said(error):
@@ -131,7 +131,7 @@ def _array(function, x):
 def _steady(function, x, logits):
     """`function`, declared not to be random; `Arrays` of it where a graph cannot be made."""
     def followed(images):
-        return tf.convert_to_tensor(function(images), tf.float32)
+        return tf.cast(tf.convert_to_tensor(function(images)), tf.float32)
 
     try:
         same = np.allclose(tf.function(followed)(tf.constant(x)), logits, rtol=1e-3, atol=1e-3)

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -35,9 +36,10 @@ def revision() -> tuple[str, bool | None]:
     if git and (root / "book/claims.yml").exists() and (root / ".git").exists():
         command = [git, "--no-optional-locks", "status", "--porcelain=v2", "--branch"]
         made_by = ["src", "notebooks", "book/claims.yml"]
-        found = subprocess.run([*command, *made_by], cwd=root, capture_output=True, text=True).stdout.splitlines()
-        if found:
+        done = subprocess.run([*command, *made_by], cwd=root, capture_output=True, text=True)
+        if found := done.stdout.splitlines():
             return found[0].split()[-1], any(not line.startswith("#") for line in found)
+        warnings.warn(f"git does not tell the commit: {done.stderr.strip()}", stacklevel=2)
     return f"v{__version__}", None
 
 

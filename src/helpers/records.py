@@ -14,7 +14,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 from helpers import files, provenance
 from helpers.checks import known
 from helpers.profiles import PROFILES
-from helpers.units import PACKAGES, earlier_seconds, taken, versions
+from helpers.units import PACKAGES, at_once, earlier_seconds, taken, versions
 from helpers.verdicts import WITHDRAWN, Finite, Outcome, Strict, Verdict, claims, compare, judge, measured
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -34,7 +34,8 @@ class Provenance(Strict):
 
     helpers, helpers_sha256 : the modules of helpers that the chapter had loaded, and the SHA-256 of their source; in
     records from before they were told apart, of all.
-    units : seconds of each unit by function, longest first; records from before they were kept have none.
+    units, processes : seconds of each unit by function, longest first, and how many were computed at the same time;
+    records from before they were kept have none.
     """
 
     commit: str
@@ -47,6 +48,7 @@ class Provenance(Strict):
     cpu_count: int
     seconds: Finite
     units: dict[str, list[Finite]] | None = None
+    processes: dict[str, int] | None = None
     datasets: dict[str, Source]
 
 
@@ -160,13 +162,13 @@ class Record(Strict):
         `spoils`: beginnings of the ids whose numbers hang on them, or "NN.beyond"; none: all of the chapter.
         Raises ValueError for a row that was given before, and for a beginning that no claim of the chapter has.
         """
-        rows = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows
-        found = [Flag(where=where, spoils=list(spoils), **row) for row in rows]
-        known, every = [flag.name for flag in self.flags or []], [*claims(), f"{self.chapter[:2]}.beyond"]
+        rows, spoils = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows, list(spoils)
+        found = [Flag(where=where, spoils=spoils, **row) for row in rows]
+        names, every = [flag.name for flag in self.flags or []], [*claims(), f"{self.chapter[:2]}.beyond"]
         for flag in found:
-            if flag.name in known:
+            if flag.name in names:
                 raise ValueError(f"rows: {flag.name!r} was flagged before")
-            known.append(flag.name)
+            names.append(flag.name)
         for start in spoils:
             if not start.startswith(self.chapter[:2]) or not any(id.startswith(start) for id in every):
                 raise ValueError(f"spoils: no claim of {self.chapter} begins with {start!r}")
@@ -205,6 +207,7 @@ class Record(Strict):
         self.provenance.device = provenance.device()  # once more, now that TensorFlow is there to name a GPU
         seconds = (datetime.now(UTC) - datetime.fromisoformat(self.created)).total_seconds() + earlier_seconds()
         self.provenance.seconds, self.provenance.units = round(seconds, 1), taken()
+        self.provenance.processes = at_once()
         checked = self.model_validate(self.model_dump())  # lists may have been changed in place
         path = Path(folder or files.output()) / "results" / self.chapter / f"{self.profile}.json"
         with files.atomic(path) as temporary:
@@ -221,14 +224,14 @@ class Record(Strict):
 
         `withdrawn`: beginnings of the ids of claims on which this run is known to be wrong; they keep their values.
         """
-        every, again = claims(), self.model_copy(deep=True)
+        every, again, fallen = claims(), self.model_copy(deep=True), tuple(withdrawn)
         for outcome in again.claims:
-            claim = every[outcome.id]
+            claim = every[known(f"{self.chapter}'s record: id", outcome.id, every)]
             if claim.kind == "number" and outcome.ours and outcome.verdict != "not-testable":
                 parts = outcome.ours if isinstance(outcome.ours, dict) else {"": outcome.ours}
                 direction = outcome.verdict != "not-reproduced"  # what was reproduced had the paper's sign
                 outcome.verdict = judge(claim, parts, direction)
-            if outcome.id.startswith(tuple(withdrawn)):
+            if outcome.id.startswith(fallen):
                 outcome.note = f"{outcome.verdict} by this run; its errata say why that is withdrawn. {outcome.note}"
                 outcome.verdict = WITHDRAWN
         return again

@@ -166,7 +166,8 @@ def _pictures(entry):
     ends = "; ".join(f"{name} attacker: from {values[0]:.0%} without an attack to {values[-1]:.0%} at ε = "
                      f"{entry.threat.eps:g}" for name, values in curves.items())
     n = len(next(iter(entry.curves.values()))[0])
-    pictures.append((figures.png(figures.security_curve(entry.grid, drawn, ylabel="right or refused")), ends,
+    pictures.append((figures.png(figures.security_curve(entry.grid, drawn, ylabel="right or refused",
+                                                        norm=entry.threat.norm)), ends,
                      "What is left by ε. Unaware: PGD on the first path, which may ignore the defence. Informed: PGD "
                      f"on the last path, and at the largest ε all attacks of the table. One seed, {n} images."))
     return pictures

@@ -41,8 +41,12 @@ def publish(book: Book, chapter: str) -> None:
     Raises BookError when the notebook has changed, is too large, or a raised flag is not explained in book/flags.yml.
     """
     (ran, record), (executed, paper) = book.run(chapter), book.committed(chapter)
+    if not ran.exists():
+        raise BookError(f"{chapter}: there is no run, {ran}")
     if not book.as_written(ran, chapter):
         raise BookError(f"{chapter}: the notebook's code has changed since {ran} was run")
+    if Record.load(record).provenance.dirty:
+        raise BookError(f"{chapter}: its code was not committed when it ran; commit it and run again: units are kept")
     text = nbformat.writes(_page(book, chapter, ran)) + "\n"
     if (size := len(text.encode())) > MAX_BYTES:
         raise BookError(f"{chapter}: the executed copy has {size:,} bytes, more than {MAX_BYTES:,}")
@@ -78,6 +82,9 @@ def errata(book: Book, chapter: str) -> list[str]:
     if not ran.startswith(found["run"]):
         raise BookError(f"book/errata.yml: {chapter}'s sentences are about the run of commit {found['run']}; the one "
                         f"that is kept is of {ran[:10]}: delete what it has mended, and name it there")
+    for start in found.get("withdrawn", []):
+        if not any(id.startswith(start) for id in claims()):
+            raise BookError(f"book/errata.yml: {chapter} withdraws {start!r}, with which no claim begins")
     return found["wrong"]
 
 
@@ -129,7 +136,7 @@ def _in_one_fold(page):
 
 def _is_hidden(cell):
     """Whether a reader has to open a cell's code."""
-    return bool({"hide-input", "hide-cell"} & {*cell.metadata.get("tags", [])})
+    return cell.cell_type == "code" and bool({"hide-input", "hide-cell"} & {*cell.metadata.get("tags", [])})
 
 
 def _with_figures(page, folder, chapter):
@@ -207,7 +214,7 @@ def _at_a_glance(frame, folder):
     each = frame.drop_duplicates("Claim")
     counts = pd.crosstab(each["Title"], each["Verdict"]).to_dict("index")
     with atomic(folder / "book/_static/at-a-glance.png") as path:
-        verdict_bars(counts).savefig(path, dpi=150)
+        verdict_bars(counts).savefig(path, dpi=150, metadata={"Description": json.dumps(counts)})
     return counts
 
 
@@ -220,17 +227,16 @@ def what_is_left(book: Book) -> list[dict]:
     rows, kept = yaml.safe_load((book.root / "book/left.yml").read_text(encoding="utf-8"))["defences"], _kept(book)
     for row in rows:
         for end in (row["weak"], row["informed"]):
-            end["shares"] = []
+            end["shares"], wanted = [], end.get("eps", row["eps"])
             if record := kept.get(row["chapter"]):
                 try:
                     curve = record.curves[end["curve"]]
-                    wanted = end.get("eps", row["eps"])
                     (at,) = (k for k, eps in enumerate(curve.x) if abs(eps - wanted) < 1e-4)
                     found = [run[at] for run in curve.series[end["series"]]]
                 except (KeyError, ValueError) as error:
                     if book.changed(*book.committed(row["chapter"])):  # until the chapter as it is now has been run
                         continue
-                    raise BookError(f"book/left.yml: {row['chapter']}'s record lacks {end} at {row['eps']}") from error
+                    raise BookError(f"book/left.yml: {row['chapter']}'s record lacks {end} at {wanted}") from error
                 end["shares"] = [1 - share for share in found] if end.get("beaten") else found
     return rows
 
@@ -310,7 +316,9 @@ def _plans(records):
     for chapter, record in records.items():
         run = record.provenance
         if each := [seconds for units in (run.units or {}).values() for seconds in units]:
-            alone = max(0.0, run.seconds - makespan(run.units, run.cpu_count))  # what is no unit, or waits for one
+            at_once = run.processes or dict.fromkeys(run.units, run.cpu_count)
+            computing = sum(makespan({name: run.units[name]}, at_once[name]) for name in run.units)
+            alone = max(0.0, run.seconds - computing)  # what is no unit, or waits for one
             plans.append({"chapter": chapter, "units": len(each), "minutes": max(each) / 60, "on": run.device,
                           "hours": [(alone + makespan(run.units, n)) / 3600 for n in (1, 8, 64)]})
     return plans

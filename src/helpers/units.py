@@ -8,7 +8,6 @@ import json
 import lzma
 import os
 import re
-import shutil
 import sys
 import tarfile
 import time
@@ -29,6 +28,7 @@ PACKAGES = ("numpy", "scipy", "scikit-learn", "scikit-image", "tensorflow", "ker
 _EARLIER = {}  # path of a unit: seconds, shared among the cores, that an earlier run spent on it
 _HANDED_ON = ("defences", "networks")  # folders of what units save for others
 _TAKEN = {}  # function of units: path: seconds, for all that this process has asked for
+_AT_ONCE = {}  # function of units: the most processes that have computed it
 
 
 def run(function, grid, *, folder, n_jobs=None, label="", data=None) -> list[dict] | dict[object, dict]:
@@ -44,7 +44,7 @@ def run(function, grid, *, folder, n_jobs=None, label="", data=None) -> list[dic
     Raises TypeError for arguments, results and global variables that are not such values, ValueError for `n_jobs` < 1,
     `cluster.ClusterError` for what a cluster lacks.
     """
-    jobs = n_jobs if n_jobs is not None else 1 if shutil.which("nvidia-smi") else cpu_count()
+    jobs = n_jobs if n_jobs is not None else 1 if cluster.gpu() else cpu_count()
     if jobs < 1:
         raise ValueError(f"n_jobs: got {n_jobs}, expected None or at least 1")
     if not inspect.isfunction(function) or not function.__name__.isidentifier() or function.__closure__:
@@ -72,6 +72,7 @@ def run(function, grid, *, folder, n_jobs=None, label="", data=None) -> list[dic
             results[path] = _load(path)
             bar.set_postfix_str(workers, refresh=False)
     found = [results[path] for path, _ in units]
+    _AT_ONCE[function.__name__] = max(jobs, _AT_ONCE.get(function.__name__, 1))
     _TAKEN.setdefault(function.__name__, {}).update((path, result["seconds"]) for path, result in results.items())
     return dict(zip(grid, found, strict=True)) if isinstance(grid, Mapping) else found
 
@@ -83,11 +84,15 @@ def kept(folder: str | Path) -> list[dict]:
     Each has the `path` of its file as well.
     """
     newest = {}
-    for path in sorted(Path(folder).glob("*/*.npz"), key=lambda path: path.stat().st_mtime):
-        with np.load(path, allow_pickle=False) as members:
-            seconds = json.loads(json.loads(members["index"].item())["seconds"])
-            about = json.loads(members["about"].item()) if "about" in members else {
-                "function": path.parent.name, "arguments": path.stem, "code": {}, "versions": {}}
+    for path in sorted(Path(folder).glob("*/[!.]*.npz"), key=lambda path: path.stat().st_mtime):
+        try:
+            with np.load(path, allow_pickle=False) as members:
+                seconds = json.loads(json.loads(members["index"].item())["seconds"])
+                about = json.loads(members["about"].item()) if "about" in members else {
+                    "function": path.parent.name, "arguments": path.stem, "code": {}, "versions": {}}
+        except Exception as error:  # whatever goes wrong, it is the file that is wrong: a run computes it again
+            warnings.warn(f"{path} is corrupt ({error}): left out", stacklevel=2)
+            continue
         name = about["function"], json.dumps(about["arguments"], sort_keys=True)
         newest.pop(name, None)  # to the end
         newest[name] = about | {"seconds": seconds, "path": path}
@@ -145,6 +150,11 @@ def earlier_seconds() -> float:
 def taken() -> dict[str, list[float]]:
     """Return the seconds that each unit took which this process has asked for, function -> units, longest first."""
     return {name: sorted((round(each, 1) for each in units.values()), reverse=True) for name, units in _TAKEN.items()}
+
+
+def at_once() -> dict[str, int]:
+    """Return how many units were computed at the same time at most, function -> processes."""
+    return dict(_AT_ONCE)
 
 
 def makespan(seconds: Mapping[str, Iterable[float]], workers: int) -> float:

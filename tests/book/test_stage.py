@@ -13,6 +13,7 @@ import pytest
 import yaml
 from conftest import FIGURE, RECORD, ROOT, command, commit
 from nbformat.v4 import new_output
+from PIL import Image
 
 from helpers import board, flags
 from helpers.book import Book, BookError
@@ -160,7 +161,7 @@ def test_a_raised_flag_is_on_the_card_and_in_the_ledger_with_its_explanation(tin
     assert "from before its checks were recorded" in page(book).cells[1].source
     assert set(ledger(book).query("Verdict == 'reproduced'")["Sound"]) == {"not recorded"}
     kept = book.committed("02_tiny")[1]
-    for passed, mark in ((True, "{bdg-success}`sound` None of 1 conditions"), (False, "{bdg-danger}`not sound` 1 of 1")):
+    for passed, mark in ((True, "-success}`sound` None of 1 conditions"), (False, "{bdg-danger}`not sound` 1 of 1")):
         row = flags.flag("accuracy", 0.9, 0.85 if passed else 0.95, ">=", 50, 0.8, 0.94)
         fresh = Record.model_validate(record.model_dump())
         fresh.flag("network", [row])
@@ -210,13 +211,30 @@ def test_errata_withdraw_the_verdicts_that_fall_with_them(tiny):
     book = tiny(RECORD)
     record, path = commit(book), book.root / "book/errata.yml"
     (outcome, *_) = record.claims
-    for run, withdrawn in ((record.provenance.commit[:10], True), ("0123456789", False)):  # of another run: of no moment
-        path.write_text(f"02_tiny:\n  run: '{run}'\n  withdrawn: [{outcome.id[:6]}]\n  wrong: [It was measured twice.]\n")
+    entry = "02_tiny:\n  run: '{}'\n  withdrawn: [{}]\n  wrong: [It was measured twice.]\n"
+    for run, withdrawn in ((record.provenance.commit[:10], True), ("0123456789", False)):  # of another run: no matter
+        path.write_text(entry.format(run, outcome.id[:6]))
         frame = ledger(book).set_index("Claim").loc[[outcome.id]]
         assert (frame["Verdict"] == ("withdrawn" if withdrawn else outcome.verdict)).all()
         assert frame["Note"].str.startswith(f"{outcome.verdict} by this run").all() == withdrawn
         if withdrawn:
             assert "withdrawn`" in page(book).cells[1].source
+    path.write_text(entry.format(record.provenance.commit[:10], "02.sec9"))
+    with pytest.raises(BookError, match="errata.yml: 02_tiny withdraws '02.sec9', with which no claim begins"):
+        errata(book, "02_tiny")
+
+
+def test_a_run_of_code_that_was_not_committed_is_not_published(tiny):
+    book = tiny(RECORD, profile="quick")
+    with pytest.raises(BookError, match="02_tiny: there is no run"):
+        publish(book, "02_tiny")
+    execute(book, book.chapters())
+    ran = book.run("02_tiny")[1]
+    record = Record.load(ran)
+    record.provenance.dirty = True
+    ran.write_text(record.model_dump_json())
+    with pytest.raises(BookError, match="02_tiny: its code was not committed"):
+        publish(book, "02_tiny")
 
 
 def test_injected_cells_logs_and_paths_of_the_machine_are_not_shown(tiny):
@@ -365,6 +383,9 @@ def test_the_index_says_what_its_first_figure_finds(tmp_path):
     text = (tmp_path / "stage/book/index.md").read_text()
     (found,) = re.findall(r"at-a-glance\.png\n:alt: (.*)\n:name: ", text)
     assert [int(number) for number in re.findall(r"\d+", found)] == [sum(verdicts.values()), *verdicts.values()]
+    drawn, kept = (json.loads(Image.open(folder / "book/_static/at-a-glance.png").text["Description"])
+                   for folder in (tmp_path / "stage", ROOT))
+    assert drawn == kept, "README: copy at-a-glance.png from _build/stage/book/_static, where make site has drawn it"
 
 
 def test_the_board_lists_the_rows_of_the_arenas_record_unsound_ones_below(tiny):

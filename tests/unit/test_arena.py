@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from html.parser import HTMLParser
 from pathlib import Path as File
 
@@ -103,6 +104,43 @@ def test_other_files_and_damaged_networks_are_refused(tmp_path):
     for name in ("mine.keras", "mine.txt"):
         with pytest.raises(guest.ArenaError, match=name):
             guest.opened(tmp_path / name)
+
+
+FOLLOWED = """from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Scale:
+    by: float
+
+def defence():
+    def network(x):
+        import sibling
+        return sibling.linear(x) * Scale(2.0).by
+    return network
+"""
+
+
+def test_what_a_file_imports_when_it_is_called_is_found_and_float64_has_a_gradient(tmp_path, dataset):
+    (tmp_path / "sibling.py").write_text(
+        "import numpy as np\nimport tensorflow as tf\nW = np.random.default_rng(0).normal(size=(784, 10))\n"
+        "def linear(x):\n    return tf.reshape(tf.cast(x, tf.float64), (-1, 784)) @ W\n")
+    defence = guest.brought(guest.opened(written(tmp_path, FOLLOWED)), dataset.x_test)
+    assert not isinstance(defence, guest.Arrays) and answers(defence, dataset.x_test).logits.dtype == np.float32
+
+
+def test_a_file_that_ends_the_process_is_named(tmp_path):
+    with pytest.raises(arena.ArenaError, match="line 2: SystemExit: no weights"):
+        guest.opened(written(tmp_path, "import sys\nsys.exit('no weights')\n"))
+
+
+def test_the_time_of_an_answer_is_not_that_of_a_remembered_one(dataset):
+    def slow(x):
+        time.sleep(0.2)
+        return np.asarray(x).reshape(len(x), -1)[:, :10]
+
+    x = dataset.x_test[:10]
+    assert arena.seconds_per_image(guest.brought(slow, x), x) >= 0.02
 
 
 def test_a_saved_network_is_opened(saved, network, dataset):

@@ -309,7 +309,8 @@ def test_dask_is_not_imported_without_a_cluster(tmp_path):
     subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=environment, check=True)
 
 
-@pytest.mark.parametrize(("seats", "refused"), [((0, 0), True), ((0, 1), False), (("", ""), False)])
+@pytest.mark.parametrize(("seats", "refused"), [
+    ((0, 0), True), ((0, 1), False), (("", ""), False), (("0,1", 1), True), ((0, "all"), True), (("all", "all"), True)])
 def test_each_gpu_has_one_worker(monkeypatch, seats, refused):
     class Client:
         def wait_for_workers(self, n, timeout):

@@ -122,8 +122,13 @@ def test_security_curve_draws_the_mean_and_the_range_of_the_seeds():
 
 
 def test_an_l2_curve_has_no_axis_in_steps_of_255():
-    ax = figures.security_curve([0.0, 3.0], {"normal": np.ones((1, 2))}).axes[0]
+    ax = figures.security_curve([0.0, 0.5], {"normal": np.ones((1, 2))}, norm="l2").axes[0]
     assert not ax.child_axes and "L2" in ax.get_xlabel()
+
+
+def test_a_legend_has_the_seeds_of_every_line():
+    ax = figures.security_curve([0, 0.1], {"normal": np.ones((5, 2)), "noise": np.ones((1, 2))}).axes[0]
+    assert ax.get_legend().get_title().get_text() == "mean and range of 1 or 5 seeds"
 
 
 def test_security_curve_of_one_seed_says_so():
@@ -184,6 +189,7 @@ def test_verdict_bars_count_and_say_what_has_not_run():
 
 def test_what_is_left_has_two_marks_a_defence_and_says_what_has_not_run():
     ax = figures.left_standing({"One": ([0.9, 1.0], [0.0, 0.2]), "Two": ([], [])}).axes[0]
+    figures.left_standing({"Three": ([0.1] * 3, [0.1] * 3)})  # their mean is not 0.1
     assert [text.get_text() for text in ax.texts] == ["95%", "10%", "no record yet"]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["One", "Two"]
 
@@ -222,7 +228,7 @@ def test_sliders_on_one_page_have_their_own_ids_and_the_same_input_the_same_id(r
 
 @pytest.mark.parametrize(("n_frames", "n_eps", "label"), [(1, 2, "a"), (0, 0, "a"), (1, 1, " ")])
 def test_slider_refuses_what_it_cannot_label(n_frames, n_eps, label):
-    with pytest.raises(ValueError, match="^frames: got"):
+    with pytest.raises(ValueError, match="^frames: got" if label.strip() else "^label: got"):
         figures.eps_slider([(np.zeros((8, 8)), "text")] * n_frames, [0.1] * n_eps, label)
 
 

@@ -74,6 +74,11 @@ def test_two_writers_do_not_share_a_temporary_file(tmp_path):
     assert (tmp_path / "file").read_text() == "first"  # the outer block ends last
 
 
+def test_another_file_that_is_missing_is_not_blamed_on_the_target(tmp_path):
+    with pytest.raises(FileNotFoundError, match="lost.npz"), files.atomic(tmp_path / "kept.tar"):
+        (tmp_path / "lost.npz").read_bytes()
+
+
 def test_a_parent_that_is_a_file_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     target = tmp_path / "file" / "result.json"

@@ -306,7 +306,7 @@ def test_the_file_follows_the_schema_of_the_design(tmp_path):
         "normal": [[1, 0.5], [1, 0.25]], "mixed": [[1, 0.75]]}}}
     made = content["provenance"]
     assert list(made) == ["commit", "dirty", "helpers", "helpers_sha256", "python", "packages", "device",
-                                "cpu_count", "seconds", "units", "datasets"]
+                                "cpu_count", "seconds", "units", "processes", "datasets"]
     assert made["datasets"] == DATASETS
     assert set(made["packages"]) == {"numpy", "scipy", "scikit-learn", "scikit-image", "tensorflow", "keras"}
     assert "unknown" not in made["packages"].values()
@@ -407,6 +407,12 @@ def test_a_raised_flag_marks_the_claims_that_hang_on_it():
     record.claim(ORDER, [0.1, 0.1], "our note")
     mark = "NOT SOUND: normal: accuracy is 0.9 (0.8 to 0.94), expected at least 0.95, n = 50"
     assert list(record.comparison()["Note"]) == [f"{mark}; our note"]
+
+
+def test_a_flag_hangs_on_claims_however_they_are_listed():
+    record = start("paper")
+    record.flag("normal", ROWS, spoils=(start for start in ["02.sec4"]))
+    assert [flag.spoils for flag in record.flags] == [["02.sec4"]] * 2
 
 
 def test_a_flag_that_passes_by_its_interval_alone_is_counted():

@@ -460,6 +460,10 @@ def test_what_units_were_made_with_is_kept_beside_them(chapter, touch, tmp_path)
     assert tracing.changed(first["code"], text) == ["helpers.training.descend"]
     chapter(text, grid=[{"x": 1}])
     assert [unit["arguments"]["x"] for unit in units.kept(tmp_path / "kept")] == [2, 1], "one that is superseded goes"
+    for name, content in ((f".{'0' * 64}.npz", b""), (f"{'1' * 64}.npz", b"half")):  # left by a process that was killed
+        (first["path"].parent / name).write_bytes(content)
+    with pytest.warns(UserWarning, match=f"{'1' * 64}.npz is corrupt"):
+        assert len(units.kept(tmp_path / "kept")) == 2
 
 
 def test_the_cost_of_a_change_is_known_before_it_is_paid(chapter, touch, tmp_path):
