@@ -227,16 +227,16 @@ def what_is_left(book: Book) -> list[dict]:
     rows, kept = yaml.safe_load((book.root / "book/left.yml").read_text(encoding="utf-8"))["defences"], _kept(book)
     for row in rows:
         for end in (row["weak"], row["informed"]):
-            end["shares"], wanted = [], end.get("eps", row["eps"])
+            end["shares"] = []
             if record := kept.get(row["chapter"]):
                 try:
                     curve = record.curves[end["curve"]]
-                    (at,) = (k for k, eps in enumerate(curve.x) if abs(eps - wanted) < 1e-4)
+                    (at,) = (k for k, eps in enumerate(curve.x) if abs(eps - row["eps"]) < 1e-4)
                     found = [run[at] for run in curve.series[end["series"]]]
                 except (KeyError, ValueError) as error:
                     if book.changed(*book.committed(row["chapter"])):  # until the chapter as it is now has been run
                         continue
-                    raise BookError(f"book/left.yml: {row['chapter']}'s record lacks {end} at {wanted}") from error
+                    raise BookError(f"book/left.yml: {row['chapter']}'s record lacks {end} at {row['eps']}") from error
                 end["shares"] = [1 - share for share in found] if end.get("beaten") else found
     return rows
 

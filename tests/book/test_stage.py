@@ -367,7 +367,7 @@ def test_what_is_left_is_read_from_the_records_and_less_than_the_weak_attack_lea
         curves = Record.load(path).curves
         for end in (row["weak"], row["informed"]):
             assert all(0 <= share <= 1 for share in end["shares"])
-            at = int(np.argmin(np.abs(np.array(curves[end["curve"]].x) - end.get("eps", row["eps"]))))
+            at = int(np.argmin(np.abs(np.array(curves[end["curve"]].x) - row["eps"])))
             values = np.array(curves[end["curve"]].series[end["series"]])[:, at]
             np.testing.assert_allclose(end["shares"], 1 - values if end.get("beaten") else values)
         assert np.mean(row["informed"]["shares"]) < np.mean(row["weak"]["shares"])
