@@ -116,7 +116,7 @@ def verdict_bars(counts):
     for row in np.flatnonzero(left == 0):
         ax.text(0.1, row, "no record yet", va="center", color=FAINT, style="italic")
     ax.set(xlabel="number of claims", xlim=(0, max(1, *left)), ylim=(len(counts) - 0.5, -0.5))
-    ax.figure.legend(loc="outside lower center", ncols=len(VERDICTS))
+    ax.figure.legend(loc="outside lower center", ncols=-(-len(VERDICTS) // 2))
     return ax.figure
 
 

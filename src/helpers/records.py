@@ -236,7 +236,10 @@ class Record(Strict):
                 outcome.verdict = WITHDRAWN
         return again
 
-    def comparison(self) -> pd.DataFrame:
-        """Return `compare` of this record's claims."""
-        return compare({outcome.id: outcome for outcome in self.claims},
-                       {outcome.id: self.raised(outcome.id) for outcome in self.claims})
+    def comparison(self, repeat: bool = False) -> pd.DataFrame:
+        """Return `compare` of this record's claims; a note that several columns share stands once, unless `repeat`."""
+        frame = compare({outcome.id: outcome for outcome in self.claims},
+                        {outcome.id: self.raised(outcome.id) for outcome in self.claims})
+        if not repeat:
+            frame.loc[frame.duplicated(["Claim", "Note"]), "Note"] = ""
+        return frame

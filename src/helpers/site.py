@@ -347,7 +347,7 @@ def _stage_chapter(book, chapter, stage, pages, wrong):
     nbformat.write(page, downloads / f"{chapter}.ipynb")
     if record:
         (downloads / f"{chapter}.json").write_text(record.model_dump_json(indent=1), encoding="utf-8")
-        record.comparison().to_csv(downloads / f"{chapter}.csv", index=False, encoding="utf-8")
+        record.comparison(repeat=True).to_csv(downloads / f"{chapter}.csv", index=False, encoding="utf-8")
     known = [*(book.run(chapter, name)[1] for name in PROFILES), book.committed(chapter)[1]]
     times = {path.stem: Record.load(path).provenance.seconds for path in known if path.exists()}
     title = page.cells[0].source.splitlines()[0].lstrip("# ")

@@ -475,6 +475,13 @@ def test_comparison_shows_the_paper_beside_ours(own_claims):
         ["02.shown", "something: dnr", "–", "0.5 (n = 1)", "reproduced", ""]]
 
 
+def test_a_note_that_columns_share_stands_once(own_claims):
+    record = start()
+    record.claim("02.shown", {"nr": [0.4], "dnr": [0.5]}, "as in a figure", direction=True)
+    assert [list(record.comparison(repeat=repeat)["Note"]) for repeat in (False, True)] == [
+        ["as in a figure", ""], ["as in a figure"] * 2]
+
+
 def test_a_claim_without_a_record_has_rows_too():
     frame = compare(dict.fromkeys(claims()))
     assert set(frame["Claim"]) == set(claims()) and set(frame["Verdict"]) == {"no record yet"}
