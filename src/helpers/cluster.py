@@ -127,10 +127,9 @@ def _check_workers(client, address, ask):
         refused += reasons
         machine, visible = seat or (None, "")
         devices, others = set(visible.split(",")) - {""}, taken.setdefault(machine, set())
-        shared = devices & others or devices and others and "all" in devices | others
-        others |= devices
-        if shared:
+        if devices & others or (devices and others and "all" in devices | others):
             refused.append(f"worker {worker}: shares a GPU with another worker, expected one worker for each GPU")
+        others |= devices
     if refused:
         raise ClusterError("\n".join(refused))
     return wanted

@@ -237,9 +237,13 @@ class Record(Strict):
         return again
 
     def comparison(self, repeat: bool = False) -> pd.DataFrame:
-        """Return `compare` of this record's claims; a note that several columns share stands once, unless `repeat`."""
+        """Return `compare` of this record's claims; what columns of one share is in its first row, or in all: `repeat`."""
         frame = compare({outcome.id: outcome for outcome in self.claims},
                         {outcome.id: self.raised(outcome.id) for outcome in self.claims})
         if not repeat:
+            every, later = claims(), frame.duplicated("Claim")
             frame.loc[frame.duplicated(["Claim", "Note"]), "Note"] = ""
+            frame.loc[later, "What"] = [what.removeprefix(f"{every[id].what or every[id].where}: ")
+                                        for id, what in frame.loc[later, ["Claim", "What"]].itertuples(index=False)]
+            frame.loc[later, ["Claim", "Verdict"]] = ""
         return frame

@@ -468,18 +468,20 @@ def test_comparison_shows_the_paper_beside_ours(own_claims):
         ["02.number", "something", "0.9892", "0.9852 ± 0.0001 (n = 3)", "reproduced",
          "off by 0.004, tolerance 0.004; fewer <images>"],
         ["02.columns", "something: clean", "0.9", "0.9123 (n = 1)", "reproduced", "off by 0.0123, tolerance 0.05"],
-        ["02.columns", "something: fgsm", "0.5", "0.5 (n = 1)", "reproduced", "off by 0, tolerance 0.05"],
+        ["", "fgsm", "0.5", "0.5 (n = 1)", "", "off by 0, tolerance 0.05"],
         ["02.order", "something", "–", "–", "not-testable", "x" * 80],
         ["02.choice", "something", "0.1", "0.01 or 1 (n = 3)", "not-reproduced", "two of them"],
         ["02.shown", "something: nr", "–", "0.4 (n = 1)", "reproduced", ""],
-        ["02.shown", "something: dnr", "–", "0.5 (n = 1)", "reproduced", ""]]
+        ["", "dnr", "–", "0.5 (n = 1)", "", ""]]
 
 
-def test_a_note_that_columns_share_stands_once(own_claims):
+def test_what_the_columns_of_a_claim_share_stands_once(own_claims):
     record = start()
     record.claim("02.shown", {"nr": [0.4], "dnr": [0.5]}, "as in a figure", direction=True)
-    assert [list(record.comparison(repeat=repeat)["Note"]) for repeat in (False, True)] == [
-        ["as in a figure", ""], ["as in a figure"] * 2]
+    full = [["02.shown", f"something: {part}", "–", f"{value} (n = 1)", "reproduced", "as in a figure"]
+            for part, value in (("nr", 0.4), ("dnr", 0.5))]
+    assert record.comparison(repeat=True).to_numpy().tolist() == full
+    assert record.comparison().to_numpy().tolist() == [full[0], ["", "dnr", "–", "0.5 (n = 1)", "", ""]]
 
 
 def test_a_claim_without_a_record_has_rows_too():
