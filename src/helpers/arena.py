@@ -32,24 +32,29 @@ def chosen(dataset, images):
     return whole.x_test[:images], whole.y_test[:images]
 
 
-def judge(defence, x, y, threat, *, attacks=None, steps=40, queries=300, checked=100, examined=16, seed=0, label=None):
+def judge(
+    defence, x, y, threat, *, attacks=None, surrogate=None, steps=40, queries=300, checked=100, examined=16, seed=0,
+    label=None,
+):
     """What `evaluation.evaluate` does, and flags of what a defence that nobody has looked at may get wrong.
 
     It may refuse most clean images, guess, answer an image alone otherwise than among others, or change by being
     asked; and it may be of a kind on which the tests of the evaluation itself cannot be made, which is a raised flag.
 
-    attacks, steps, queries, examined, label : as `evaluate` takes them. checked : images of the sanity checks, whose
-    cost grows with them where their message does not; the attacks meet all.
+    attacks, surrogate, steps, queries, examined, label : as `evaluate` takes them. checked : images of the sanity
+    checks, whose cost grows with them where their message does not; the attacks meet all.
     """
     defence = as_defence(defence)
     before, clean = answers(defence, x), evaluation.outcomes(defence, x, y)
-    found, table = standard.standard(defence, x, y, threat, attacks=attacks, seed=seed, label=label)
-    worst = at_worst(defence, found, y)
+    options = {"attacks": attacks, "surrogate": surrogate}
+    found, table = standard.standard(defence, x, y, threat, seed=seed, label=label, **options)
+    worst = pressed(defence, x, y, threat, found, seed=seed, **options)
+    random = models.randomised(defence)  # its wins are those of most draws, the others' of a lucky few
     last, few = list(defence.paths(seed).values())[-1], slice(0, checked)
     checks = {
         "sanity": lambda: evaluation.sanity_checks(
-            defence, x[few], y[few], threat, path=last, beaten=found.value[few] > 0, steps=steps, queries=queries,
-            seed=seed).to_dict("records"),
+            defence, x[few], y[few], threat, path=last, beaten=None if random else found.value[few] > 0, steps=steps,
+            queries=queries, seed=seed).to_dict("records"),
         "soundness": partial(_tested, defence, last, x[:examined], y[:examined], threat, steps, seed),
         "answers": partial(_own, defence, x, y, before, clean)}
     rows = []
@@ -63,6 +68,23 @@ def settled(defence, x, y):
     draws = np.array([evaluation.outcomes(defence, x, y) for _ in range(DRAWS if models.randomised(defence) else 1)])
     correct, rejected, evaded = (np.mean(draws == i, axis=0) for i in range(3))
     return np.where(evaded >= 0.5, 2, np.where(rejected >= correct, 1, 0))
+
+
+def pressed(defence, x, y, threat, found, *, attacks=None, surrogate=None, seed=0, turns=3):
+    """`at_worst` of what was `found`, attacked on where a lucky draw of a random defence had ended the attack.
+
+    What wins once leaves a cascade. Where most fresh draws then say otherwise, the image is attacked again, `turns`
+    times at most.
+    """
+    for turn in range(1, turns + 1 if models.randomised(defence) else 1):
+        claimed = found.value > 0
+        rows = np.flatnonzero(claimed & (at_worst(defence, found, y) != 2))
+        if not rows.size:
+            break
+        part, _ = standard.standard(defence, x[rows], y[rows], threat, attacks=attacks, surrogate=surrogate,
+                                    seed=seed + turn)
+        found.offer(part.images, part.value, rows)
+    return at_worst(defence, found, y)
 
 
 def at_worst(defence, found, y):
@@ -147,9 +169,10 @@ class Entry:
         }
 
 
-def examine(model, dataset, threat, *, name="defence", images=200, seed=0, label=None):
+def examine(model, dataset, threat, *, name="defence", images=200, surrogate=None, seed=0, label=None):
     """Bring `model`, and judge it on the first `images` of the board's test images. Returns an `Entry`.
 
+    surrogate : a network for the same task, from which images are transferred; None: no transfer is tried.
     label : text of the progress bar; None shows none.
     Raises ArenaError where the defence answers to no images of this data as one should, before the attacks or under
     them.
@@ -160,7 +183,7 @@ def examine(model, dataset, threat, *, name="defence", images=200, seed=0, label
         raise ArenaError(f"{name}: answers with {classes} classes; expected {len(dataset.class_names)}, those of "
                          f"{dataset.name}")
     try:
-        report = judge(defence, x, y, threat, seed=seed, label=label)
+        report = judge(defence, x, y, threat, surrogate=surrogate, seed=seed, label=label)
         grid, curves = _curves(defence, x[:CURVE], y[:CURVE], threat, report, seed)
     except AssertionError:  # of an attack's own rules: not the reader's fault
         raise

@@ -18,6 +18,7 @@ HOME = {  # start of a defence's name: the chapter that explains it
     "median": "03_blur_preprocessing", "jpeg": "03_blur_preprocessing", "blur": "03_blur_preprocessing",
     "random blur": "03_blur_preprocessing", "detector": "04_uncertainty_and_closeness",
     "purifier": "05_autoencoder_purification", "smoothing": CHAPTER}
+UNTESTED = "attack not tested: one image may get two answers"
 OUTCOMES = {"correct": ("#7cc4e8", ""), "rejected": ("#f2d98d", "//"), "evaded": ("#ee9a6f", "xx")}
 
 
@@ -49,10 +50,12 @@ def row(name, data, limit, run, *, certified, parameters, training):
     certified : share, or None. parameters, training : numbers in all its parts, seconds that these took.
     """
     left, why = run["worst"] != 2, raised(run)
+    tested = any(flag["check"].startswith(("binarization", "indicator")) for flag in run["flags"])
+    note = "; ".join(why) or ("" if tested else UNTESTED)
     ends = flags.share("left", left, 0.0)
     values = [name, home(name), data, *limit, len(left), run["attacks"], np.mean(run["clean"] == 0),
               np.mean(run["clean"] == 1), np.mean(run["ignored"]), np.mean(left), ends["low"], ends["high"], certified,
-              bool(run["flags"]) and not why, "; ".join(why) if run["flags"] else "not examined", parameters,
+              bool(run["flags"]) and not why, note if run["flags"] else "not examined", parameters,
               run["milliseconds"], training]
     return {column: value if value is None else kind(value) for (column, kind), value in zip(
         COLUMNS.items(), values, strict=True)}
@@ -103,9 +106,12 @@ def figure(board):
         ax = figures.subplots(1, 1, 7.2, 1.6, xticks=(), yticks=())[0, 0]
         ax.text(0.5, 0.5, "no record yet", ha="center", va="center", color=figures.FAINT, style="italic")
         return ax.figure
-    doubted = {row["defence"] for row in board if not row["sound"]}
-    mean = {name: np.mean([row["left"] for row in board if row["defence"] == name])
-            for name in dict.fromkeys(row["defence"] for row in board)}
+    doubted, met = {row["defence"] for row in board if not row["sound"]}, {}
+    for row in board:
+        met.setdefault(row["defence"], set()).add((row["data"], threat(row)))
+    common = set.intersection(*met.values()) or set(threats)  # a mean over harder threats is no worse defence
+    mean = {name: np.mean([row["left"] for row in board if row["defence"] == name
+                           and (row["data"], threat(row)) in common] or [0.0]) for name in met}
     names = sorted(mean, key=lambda name: (name in doubted, -mean[name]))
     axes = figures.subplots(1, len(threats), 2.4 + 1.9 * len(threats), 1.6 + 0.32 * len(names))[0]
     for ax, (name, limit) in zip(axes, threats, strict=True):

@@ -237,7 +237,7 @@ class Record(Strict):
         return again
 
     def comparison(self, repeat: bool = False) -> pd.DataFrame:
-        """Return `compare` of this record's claims; what columns of one share is in its first row, or in all: `repeat`."""
+        """Return `compare` of this record's claims; what columns share is in the first row, or in all."""
         frame = compare({outcome.id: outcome for outcome in self.claims},
                         {outcome.id: self.raised(outcome.id) for outcome in self.claims})
         if not repeat:
