@@ -12,7 +12,7 @@ import tensorflow as tf
 from scipy.special import softmax
 from tqdm import tqdm
 
-from helpers import data, evaluation, flags, models, soundness, standard
+from helpers import data, evaluation, flags, models, soundness, standard, training
 from helpers.defence import answers, as_defence
 from helpers.guest import ArenaError, brought, said
 from helpers.search import DRAWS
@@ -20,6 +20,7 @@ from helpers.threat import ThreatModel
 
 SAME = 1000  # test images that all defences of the board meet; a reader's own meets the first of them
 CURVE = 100  # images of the curve over eps
+RIVAL = 3000  # training images of the network from which images are transferred
 NO_READOUT = "binarization test: a readout could be made"
 NO_INDICATORS = "indicators of attack failure: they could be read"
 
@@ -167,6 +168,15 @@ class Entry:
             "curves": {"eps": list(self.grid)} | {name: rows.mean(axis=1).tolist()
                                                   for name, rows in self.curves.items()},
         }
+
+
+def rival(dataset, seed=0):
+    """A small network for the task of `dataset`, trained in seconds, from which images are transferred to a guest."""
+    n = min(RIVAL, len(dataset.y_train))
+    small = dataset.take(n, 1)
+    network = models.two_conv(small.x_train.shape[1:], len(small.class_names), batch_norm=False, seed=seed)
+    training.fit(network, small.x_train, small.y_train, epochs=4, batch_size=50, seed=seed)
+    return network
 
 
 def examine(model, dataset, threat, *, name="defence", images=200, surrogate=None, seed=0, label=None):

@@ -131,7 +131,8 @@ def arena(file, dataset, norm, eps, images, seed, randomised):
     try:
         threat, loaded, options = ThreatModel(norm, eps), data.load(dataset), {"images": images, "seed": seed}
         brought = guest.opened(file, randomised)
-        entry = arena.examine(brought, loaded, threat, name=file.stem, label="attacks", **options)
+        entry = arena.examine(brought, loaded, threat, name=file.stem, label="attacks",
+                              surrogate=arena.rival(loaded, seed), **options)
     except (guest.ArenaError, ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     place = board.place(entry.summary(), board.kept())

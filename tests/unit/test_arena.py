@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 from click.testing import CliRunner
 
-from helpers import arena, board, cli, data, evaluation, guest, models, report, standard, training
+from helpers import arena, board, cli, data, evaluation, flags, guest, models, report, standard, training
 from helpers.defence import Network, OneOf, Outputs, Path, answers
 from helpers.threat import ThreatModel
 
@@ -285,6 +285,25 @@ def test_a_random_defence_loses_what_most_of_its_draws_lose_and_no_lucky_one(coi
     assert np.mean((found.value > 0) == (outcome == 2)) > 0.9
 
 
+def test_a_lucky_draw_of_a_random_defence_does_not_end_the_attack(monkeypatch):
+    coin, met = Coin(0.2), []
+    x, y = np.zeros((200, 2, 2, 1), "float32"), np.zeros(200, int)
+
+    def better(defence, images, labels, threat, **options):  # what it finds, most draws lose
+        met.append(len(images))
+        defence.wrong = 0.8
+        return evaluation.Found(images, np.ones(len(images), "float32"), np.zeros(len(images), int)), None
+
+    monkeypatch.setattr(standard, "standard", better)
+    found = evaluation.Found(x, np.ones(200, "float32"), np.zeros(200, int))  # by a lucky draw each
+    assert np.mean(arena.pressed(coin, x, y, THREAT, found) == 2) > 0.9
+    assert 180 < met[0] <= 200 and sum(met[1:]) < 40  # those that most draws do not lose are attacked again
+    met.clear()
+    coin.randomised = False  # one answer an image: there is no luck
+    arena.pressed(coin, x, y, THREAT, found)
+    assert not met
+
+
 def test_tests_of_one_answer_are_not_made_where_an_image_gets_two(network, dataset):
     blur = OneOf([network, network])
     last = list(blur.paths().values())[-1]
@@ -474,6 +493,22 @@ def test_unsound_rows_stand_below_the_others():
         tables = {"board": rows(0.5, 0.9) + rows(0.95, sound=False) + rows(0.1, norm="l2", eps=1.5)}
 
     assert [row["left"] for row in board.rows(Kept)] == [0.9, 0.5, 0.95, 0.1] and board.rows(None) == []
+
+
+def test_defences_are_ordered_by_the_threats_that_all_have_met():
+    hard = rows(0.1, norm="l2", eps=3.0)  # which only d0 has met
+    drawn = board.figure(rows(0.6, 0.5) + hard)
+    assert [label.get_text() for label in drawn.axes[0].get_yticklabels()] == ["d0", "d1"]
+
+
+@pytest.mark.parametrize(("rows", "note", "sound"), [
+    ([], "not examined", False), ([flags.flag("x", 1, 1, ">=", 9)], board.UNTESTED, True),
+    ([flags.flag("indicator: x", 1, 1, ">=", 9)], "", True), ([flags.flag("x", 0, 1, ">=", 9)], "x", False)])
+def test_a_row_says_whether_its_attack_was_tested(rows, note, sound):
+    run = {"clean": np.zeros(4, int), "worst": np.zeros(4, int), "ignored": np.ones(4, bool), "flags": rows,
+           "attacks": 6, "milliseconds": 1.0}
+    row = board.row("d", "digits", ("linf", 0.1), run, certified=None, parameters=1, training=1.0)
+    assert (row["raised"], row["sound"]) == (note, sound)
 
 
 @pytest.mark.parametrize("given", [[], rows(0.5, 0.9) + rows(0.95, 0.1, norm="l2", eps=1.5, sound=False)])
