@@ -299,8 +299,8 @@ def test_a_lucky_draw_of_a_random_defence_does_not_end_the_attack(monkeypatch):
     assert np.mean(arena.pressed(coin, x, y, THREAT, found) == 2) > 0.9
     assert 180 < met[0] <= 200 and sum(met[1:]) < 40  # those that most draws do not lose are attacked again
     met.clear()
-    coin.randomised = False  # one answer an image: there is no luck
-    arena.pressed(coin, x, y, THREAT, found)
+    one, (x, y) = Network(constant), arena.chosen(data.load("digits"), 4)  # one answer an image: there is no luck
+    arena.pressed(one, x, y, THREAT, evaluation.Found(x, np.ones(4, "float32"), np.zeros(4, int)))
     assert not met
 
 
