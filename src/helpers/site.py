@@ -28,7 +28,7 @@ from helpers.files import atomic
 from helpers.profiles import PROFILES
 from helpers.records import Record
 from helpers.units import makespan
-from helpers.verdicts import claims, compare
+from helpers.verdicts import VERDICTS, claims, compare
 
 MAX_BYTES = 4_000_000  # of an executed copy in the repository
 MAX_CHARACTERS = 2_000  # of an error on a page
@@ -182,12 +182,15 @@ def _judged(book, record):
     return record.judged_again(about.get("withdrawn", []) if known else [])
 
 
-def ledger(book: Book) -> pd.DataFrame:
-    """Every claim of the papers: what the committed paper-profile record found, the section that shows it, the run."""
+def ledger(book: Book, kept: dict | None = None) -> pd.DataFrame:
+    """Every claim of the papers: what the committed paper-profile record found, the section that shows it, the run.
+
+    kept : the committed records, where they have been read.
+    """
     known, papers = claims(), yaml.safe_load((book.root / "book/claims.yml").read_text(encoding="utf-8"))["papers"]
     if missing := {name[:2] for name in known} - papers.keys():
         raise BookError(f"book/claims.yml: under papers, no entry for {', '.join(sorted(missing))}")
-    chapters, kept = {name[:2]: name for name in book.chapters()}, _kept(book)
+    chapters, kept = {name[:2]: name for name in book.chapters()}, _kept(book) if kept is None else kept
     found = {outcome.id: outcome for record in kept.values() for outcome in record.claims}
     doubts = {outcome.id: record.raised(outcome.id) for record in kept.values() for outcome in record.claims}
     frame = compare(dict.fromkeys(known) | found, doubts)
@@ -218,13 +221,14 @@ def _at_a_glance(frame, folder):
     return counts
 
 
-def what_is_left(book: Book) -> list[dict]:
+def what_is_left(book: Book, kept: dict | None = None) -> list[dict]:
     """The defences of book/left.yml: the text there, and for "weak" and "informed" also `shares`, one a seed.
 
     A share is of the images on which the attacker does not win; without a committed record there are none.
     Raises BookError for a curve, series or eps that a fresh record does not have; an older one may have had others.
     """
-    rows, kept = yaml.safe_load((book.root / "book/left.yml").read_text(encoding="utf-8"))["defences"], _kept(book)
+    rows = yaml.safe_load((book.root / "book/left.yml").read_text(encoding="utf-8"))["defences"]
+    kept = _kept(book) if kept is None else kept
     for row in rows:
         for end in (row["weak"], row["informed"]):
             end["shares"] = []
@@ -290,16 +294,17 @@ def stage(book: Book) -> None:
     for name in ("notebooks", "book/downloads"):
         (stage / name).mkdir()
     pages = jinja2.Environment(loader=jinja2.FileSystemLoader(book.root / "book"), trim_blocks=True, autoescape=True)
-    frame = ledger(book)
+    kept = _kept(book)
+    frame = ledger(book, kept)
     frame.to_csv(stage / "book/downloads/ledger.csv", index=False, encoding="utf-8")
     frame.to_json(stage / "book/downloads/ledger.json", orient="records", indent=1, force_ascii=False)
     wrong = {chapter: errata(book, chapter) for chapter in book.chapters()}
     staged = {chapter: _stage_chapter(book, chapter, stage, pages, wrong[chapter]) for chapter in wrong}
-    shown, kept = {chapter: record for chapter, (record, _) in staged.items()}, _kept(book)
+    shown = {chapter: record for chapter, (record, _) in staged.items()}
     data = {"ledger": frame.to_dict("records"), "counts": _at_a_glance(frame, stage), "shown": shown,
             "changed": {chapter: book.changed(*book.shown(chapter)) for chapter in shown if shown[chapter]},
             "stale": [chapter for chapter in kept if book.changed(*book.committed(chapter))],
-            "kept": kept, "left": what_is_left(book), "errata": wrong,
+            "kept": kept, "left": what_is_left(book, kept), "errata": wrong, "verdicts": [*VERDICTS, "no record yet"],
             "plans": _plans(kept), "runs": status(book), "failures": failures(book),
             "has_address": is_set(book.root), "covers": {chapter: cover for chapter, (_, cover) in staged.items()}}
     _left_standing(data["left"], stage)

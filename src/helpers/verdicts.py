@@ -12,8 +12,9 @@ from pydantic import BaseModel, Field
 
 _VERDICTS = ("reproduced", "undecided", "direction", "not-reproduced", "not-testable")  # from the best to the worst
 WITHDRAWN = "withdrawn"  # what a run said is known to be wrong, and no other run has said more
+VERDICTS = (*_VERDICTS, WITHDRAWN)
 _FACTOR = 3  # a rate that is so many times the paper's, or a part of it, has not even its direction
-Verdict = Literal[(*_VERDICTS, WITHDRAWN)]
+Verdict = Literal[VERDICTS]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 _PACKAGE = Path(__file__).resolve().parent
 _SUBSTITUTED = ("05",)  # papers whose data is not public: on other data a number can at best agree in direction

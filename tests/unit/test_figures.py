@@ -15,6 +15,7 @@ from PIL import Image
 from skimage.color import deltaE_ciede2000, rgb2lab
 
 from helpers import figures
+from helpers.verdicts import VERDICTS
 
 # Linear-RGB simulation of complete colour-vision deficiency: Machado, Oliveira and Fernandes (2009).
 SIMULATED = {
@@ -184,7 +185,7 @@ def test_verdict_bars_count_and_say_what_has_not_run():
     texts = [text.get_text() for text in fig.axes[0].texts]
     assert {"3", "1", "no record yet"} <= set(texts)
     assert "0" not in texts
-    assert [text.get_text() for text in fig.legends[0].texts] == list(figures.VERDICTS)
+    assert [text.get_text() for text in fig.legends[0].texts] == list(figures.VERDICTS) == list(VERDICTS)
 
 
 def test_what_is_left_has_two_marks_a_defence_and_says_what_has_not_run():
