@@ -19,7 +19,7 @@ function classify(table) {
   });
   if (!table.tHead?.textContent.includes("Verdict")) return;
   table.classList.add("comparison");
-  table.querySelectorAll("td:first-child").forEach((cell) => {
+  table.querySelectorAll("td:first-child:not(:empty)").forEach((cell) => {
     const parts = cell.textContent.split(/(?<=[._])/);
     cell.replaceChildren(...parts.flatMap((part) => [part, document.createElement("wbr")]));
   });
