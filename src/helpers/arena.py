@@ -171,9 +171,13 @@ class Entry:
 
 
 def rival(dataset, seed=0):
-    """A small network for the task of `dataset`, trained in seconds, from which images are transferred to a guest."""
-    n = min(RIVAL, len(dataset.y_train))
-    small = dataset.take(n, 1)
+    """A small network for the task of `dataset`, trained in seconds, from which images are transferred to a guest.
+
+    None where there are no images to train it on.
+    """
+    if not len(dataset.y_train):
+        return None
+    small = dataset.take(min(RIVAL, len(dataset.y_train)), 1)
     network = models.two_conv(small.x_train.shape[1:], len(small.class_names), batch_norm=False, seed=seed)
     training.fit(network, small.x_train, small.y_train, epochs=4, batch_size=50, seed=seed)
     return network

@@ -242,7 +242,7 @@ class Record(Strict):
                         {outcome.id: self.raised(outcome.id) for outcome in self.claims})
         if not repeat:
             every, later = claims(), frame.duplicated("Claim")
-            frame.loc[frame.duplicated(["Claim", "Note"]), "Note"] = ""
+            frame.loc[(frame[["Claim", "Note"]] == frame[["Claim", "Note"]].shift()).all(axis=1), "Note"] = ""
             frame.loc[later, "What"] = [what.removeprefix(f"{every[id].what or every[id].where}: ")
                                         for id, what in frame.loc[later, ["Claim", "What"]].itertuples(index=False)]
             frame.loc[later, ["Claim", "Verdict"]] = ""

@@ -322,6 +322,8 @@ def _plans(records):
         run = record.provenance
         if each := [seconds for units in (run.units or {}).values() for seconds in units]:
             at_once = run.processes or dict.fromkeys(run.units, run.cpu_count)
+            if run.units.keys() - at_once.keys():  # on a cluster: what else there was to do is not known
+                continue
             computing = sum(makespan({name: run.units[name]}, at_once[name]) for name in run.units)
             alone = max(0.0, run.seconds - computing)  # what is no unit, or waits for one
             plans.append({"chapter": chapter, "units": len(each), "minutes": max(each) / 60, "on": run.device,

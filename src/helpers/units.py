@@ -72,7 +72,8 @@ def run(function, grid, *, folder, n_jobs=None, label="", data=None) -> list[dic
             results[path] = _load(path)
             bar.set_postfix_str(workers, refresh=False)
     found = [results[path] for path, _ in units]
-    _AT_ONCE[function.__name__] = max(jobs, _AT_ONCE.get(function.__name__, 1))
+    if not (todo and os.environ.get("HELPERS_CLUSTER")):  # how many workers a cluster had it does not say
+        _AT_ONCE[function.__name__] = max(jobs, _AT_ONCE.get(function.__name__, 1))
     _TAKEN.setdefault(function.__name__, {}).update((path, result["seconds"]) for path, result in results.items())
     return dict(zip(grid, found, strict=True)) if isinstance(grid, Mapping) else found
 
@@ -153,7 +154,7 @@ def taken() -> dict[str, list[float]]:
 
 
 def at_once() -> dict[str, int]:
-    """Return how many units were computed at the same time at most, function -> processes."""
+    """Return how many units this machine computed at the same time at most, function -> processes."""
     return dict(_AT_ONCE)
 
 

@@ -484,6 +484,14 @@ def test_what_the_columns_of_a_claim_share_stands_once(own_claims):
     assert record.comparison().to_numpy().tolist() == [full[0], ["", "dnr", "–", "0.5 (n = 1)", "", ""]]
 
 
+def test_a_note_is_left_out_only_below_the_same_one(own_claims, monkeypatch):
+    record, rows = start(), [["02.x", f"w: {part}", "", "", "", note] for part, note in zip("abc", "pqp", strict=True)]
+    monkeypatch.setattr(records, "compare", lambda *_: pd.DataFrame(
+        rows, columns=["Claim", "What", "Paper", "Ours", "Verdict", "Note"]))
+    monkeypatch.setattr(records, "claims", lambda: {"02.x": type("Claim", (), {"what": "w"})})
+    assert list(record.comparison()["Note"]) == ["p", "q", "p"]
+
+
 def test_a_claim_without_a_record_has_rows_too():
     frame = compare(dict.fromkeys(claims()))
     assert set(frame["Claim"]) == set(claims()) and set(frame["Verdict"]) == {"no record yet"}
