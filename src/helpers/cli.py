@@ -12,6 +12,7 @@ from helpers import __version__, execution, files, site
 from helpers.address import move
 from helpers.book import Book, BookError
 from helpers.profiles import PROFILES
+from helpers.provenance import revision
 
 _chapter = click.option("--chapter", "chapters", multiple=True, metavar="NAME",
                         help="Only this chapter: the start of its name is enough, as in 02. May be repeated.")
@@ -73,6 +74,9 @@ def run(profile, chapters, seed):
 def paper(chapters):
     """Execute in profile paper (hours, resumable) and put the results under book/."""
     with _book("paper") as this:
+        if revision(this.root)[1]:
+            raise BookError("src, notebooks or book/claims.yml are not as committed: commit them first, since a record "
+                            "names the commit that it was computed with")
         execution.execute(this, this.chapters(*chapters))
         for chapter in this.chapters(*chapters):
             site.publish(this, chapter)

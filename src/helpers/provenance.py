@@ -29,9 +29,12 @@ def loaded() -> list[str]:
     return sorted(name for name in names if name not in NO_COMPUTE and "." not in name)
 
 
-def revision() -> tuple[str, bool | None]:
-    """Return the commit and whether the code differs from it; outside a checkout the version of the helpers, None."""
-    root, git = _PACKAGE.parents[1], shutil.which("git")
+def revision(root: Path | None = None) -> tuple[str, bool | None]:
+    """Return the commit and whether the code differs from it; outside a checkout the version of the helpers, None.
+
+    root : the checkout; None: the one that these helpers are in.
+    """
+    root, git = root or _PACKAGE.parents[1], shutil.which("git")
     # else installed, perhaps in the environment of another project, or a download unpacked within a repository
     if git and (root / "book/claims.yml").exists() and (root / ".git").exists():
         command = [git, "--no-optional-locks", "status", "--porcelain=v2", "--branch"]

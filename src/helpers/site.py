@@ -45,8 +45,6 @@ def publish(book: Book, chapter: str) -> None:
         raise BookError(f"{chapter}: there is no run, {ran}")
     if not book.as_written(ran, chapter):
         raise BookError(f"{chapter}: the notebook's code has changed since {ran} was run")
-    if Record.load(record).provenance.dirty:
-        raise BookError(f"{chapter}: its code was not committed when it ran; commit it and run again: units are kept")
     text = nbformat.writes(_page(book, chapter, ran)) + "\n"
     if (size := len(text.encode())) > MAX_BYTES:
         raise BookError(f"{chapter}: the executed copy has {size:,} bytes, more than {MAX_BYTES:,}")

@@ -165,7 +165,8 @@ def test_chapters_have_card_downloads_and_a_way_to_colab(site, folder, pages):
     for chapter in filter(site.shown, site.chapters()):
         path = folder / f"notebooks/{chapter}.html"
         text, links = path.read_text(), pages[path].links
-        record = Record.load(site.committed(chapter)[1]).judged_again()
+        known = yaml.safe_load((ROOT / "book/errata.yml").read_text(encoding="utf-8")).get(chapter, {})
+        record = Record.load(site.committed(chapter)[1]).judged_again(known.get("withdrawn", []))
         assert f"Profile shown: {record.profile}." in text and "chapter-card" in text
         assert record.created[:10] in text and record.provenance.device in text
         assert (f"{colab}/{chapter}.ipynb" in links) == is_set(ROOT)
