@@ -79,9 +79,10 @@ def pressed(defence, x, y, threat, found, *, attacks=None, surrogate=None, seed=
     """
     for turn in range(1, turns + 1 if models.randomised(defence) else 1):
         claimed = found.value > 0
-        rows = np.flatnonzero(claimed & (at_worst(defence, found, y) != 2))
+        outcome = at_worst(defence, found, y)
+        rows = np.flatnonzero(claimed & (outcome != 2))
         if not rows.size:
-            break
+            return outcome
         part, _ = standard.standard(defence, x[rows], y[rows], threat, attacks=attacks, surrogate=surrogate,
                                     seed=seed + turn)
         found.offer(part.images, part.value, rows)

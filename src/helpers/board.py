@@ -40,6 +40,11 @@ def raised(run):
     return [flag["check"] for flag in run["flags"] if not flag["passed"]]
 
 
+def tested(flags):
+    """Whether the attack itself was tested, by rows of `helpers.flags`: the tests are of one answer an image."""
+    return any(flag["check"].startswith(("binarization", "indicator")) for flag in flags)
+
+
 def row(name, data, limit, run, *, certified, parameters, training):
     """A row of the board.
 
@@ -50,8 +55,7 @@ def row(name, data, limit, run, *, certified, parameters, training):
     certified : share, or None. parameters, training : numbers in all its parts, seconds that these took.
     """
     left, why = run["worst"] != 2, raised(run)
-    tested = any(flag["check"].startswith(("binarization", "indicator")) for flag in run["flags"])
-    note = "; ".join(why) or ("" if tested else UNTESTED)
+    note = "; ".join(why) or ("" if tested(run["flags"]) else UNTESTED)
     ends = flags.share("left", left, 0.0)
     values = [name, home(name), data, *limit, len(left), run["attacks"], np.mean(run["clean"] == 0),
               np.mean(run["clean"] == 1), np.mean(run["ignored"]), np.mean(left), ends["low"], ends["high"], certified,
@@ -111,7 +115,7 @@ def figure(board):
         met.setdefault(row["defence"], set()).add((row["data"], threat(row)))
     common = set.intersection(*met.values()) or set(threats)  # a mean over harder threats is no worse defence
     mean = {name: np.mean([row["left"] for row in board if row["defence"] == name
-                           and (row["data"], threat(row)) in common] or [0.0]) for name in met}
+                           and (row["data"], threat(row)) in common]) for name in met}
     names = sorted(mean, key=lambda name: (name in doubted, -mean[name]))
     axes = figures.subplots(1, len(threats), 2.4 + 1.9 * len(threats), 1.6 + 0.32 * len(names))[0]
     for ax, (name, limit) in zip(axes, threats, strict=True):

@@ -7,7 +7,7 @@ import jinja2
 import numpy as np
 
 from helpers import evaluation, figures, files
-from helpers.board import NORMS
+from helpers.board import NORMS, tested
 
 MEANING = {  # start of a flag's name: what it asks, and what to try where it is raised
     "images with the same answer": (
@@ -100,11 +100,6 @@ UNTESTED = ("The binarization test and the indicators of attack failure were not
             "image, and this defence says that it may give two. Read the number with more care.")
 
 
-def tested(told):
-    """Whether the attack itself was tested; `told` is an `arena.Entry.summary()`."""
-    return any(flag["check"].startswith(("binarization", "indicator")) for flag in told["flags"])
-
-
 def advice(check):
     """What to try where a flag is raised, in a sentence or two."""
     return _about(check)[1]
@@ -129,7 +124,7 @@ def lines(entry, place=""):
            f"{told['left_high']:.1%}, 99 % interval) on {told['data']} at {told['norm']}, eps {told['eps']:g}"
            + (f": NOT SOUND, {len(raised)} of {len(told['flags'])} flags raised, not to be quoted" if raised
               else f": sound, {len(told['flags'])} checks passed"))
-    if not tested(told):
+    if not tested(told["flags"]):
         yield UNTESTED
     if place:
         yield place
@@ -146,7 +141,7 @@ def write(entry, folder, place=""):
     rows = [flag | {"asks": asks(flag["check"]), "advice": advice(flag["check"])} for flag in told["flags"]]
     page = template.render(entry=told, norm=NORMS[told["norm"]], flags=sorted(rows, key=lambda row: row["passed"]),
                            raised=[row for row in rows if not row["passed"]],
-                           untested="" if tested(told) else UNTESTED, pictures=_pictures(entry))
+                           untested="" if tested(told["flags"]) else UNTESTED, pictures=_pictures(entry))
     for path, text in zip(paths, (json.dumps(told, indent=1, ensure_ascii=False), page), strict=True):
         with files.atomic(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
