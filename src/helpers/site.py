@@ -319,7 +319,7 @@ def _plans(records):
     for chapter, record in records.items():
         run = record.provenance
         if each := [seconds for units in (run.units or {}).values() for seconds in units]:
-            at_once = run.processes or dict.fromkeys(run.units, run.cpu_count)
+            at_once = dict.fromkeys(run.units, run.cpu_count) if run.processes is None else run.processes
             if run.units.keys() - at_once.keys():  # on a cluster: what else there was to do is not known
                 continue
             computing = sum(makespan({name: run.units[name]}, at_once[name]) for name in run.units)

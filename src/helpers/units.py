@@ -63,7 +63,8 @@ def run(function, grid, *, folder, n_jobs=None, label="", data=None) -> list[dic
         warnings.filterwarnings("ignore", "A worker stopped")  # joblib replaces one that TensorFlow has made large
         if todo and (address := os.environ.get("HELPERS_CLUSTER")):
             done = _on_cluster(address, function, todo, about, data, n_jobs)
-        else:
+        else:  # how many a cluster computes at the same time it does not say
+            _AT_ONCE[function.__name__] = max(jobs, _AT_ONCE.get(function.__name__, 1))
             done = Parallel(jobs, return_as="generator_unordered", batch_size=1)(
                 delayed(_compute)(function, about, kwargs, path, threads) for path, kwargs in todo.items())
         bar = tqdm(done, label or function.__name__, len(results), initial=len(results) - len(todo), unit="unit",
@@ -72,8 +73,6 @@ def run(function, grid, *, folder, n_jobs=None, label="", data=None) -> list[dic
             results[path] = _load(path)
             bar.set_postfix_str(workers, refresh=False)
     found = [results[path] for path, _ in units]
-    if not (todo and os.environ.get("HELPERS_CLUSTER")):  # how many workers a cluster had it does not say
-        _AT_ONCE[function.__name__] = max(jobs, _AT_ONCE.get(function.__name__, 1))
     _TAKEN.setdefault(function.__name__, {}).update((path, result["seconds"]) for path, result in results.items())
     return dict(zip(grid, found, strict=True)) if isinstance(grid, Mapping) else found
 
