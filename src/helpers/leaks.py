@@ -10,14 +10,16 @@ from helpers.evaluation import seen
 _DEPTH = 3  # of the trees: a few thresholds
 
 
-def rules(dataset):
+def rules(dataset, looks=None):
     """Test accuracy of a small decision tree that sees one thing of each image: rule -> accuracy.
 
+    looks : function of images (n, h, w, c) in [0, 1], what is seen of them: rule -> values (n, ...). Without it:
     corners, border : those pixels. minimum, maximum, median, mode : of all pixels of the image, in grey levels. A class
     that can be told by one of them is told by how its images were made, and no attack within a few levels changes that.
     """
-    train, test = (_looks(x) for x in (dataset.x_train, dataset.x_test))
+    train, test = ((looks or _looks)(x) for x in (dataset.x_train, dataset.x_test))
     trees = {name: DecisionTreeClassifier(max_depth=_DEPTH, random_state=0) for name in train}
+    train, test = ({name: np.reshape(seen, (len(seen), -1)) for name, seen in part.items()} for part in (train, test))
     return {name: float(tree.fit(train[name], dataset.y_train).score(test[name], dataset.y_test))
             for name, tree in trees.items()}
 
@@ -27,9 +29,8 @@ def _looks(x):
     flat = levels.reshape(len(x), -1)
     edges = [levels[:, 0], levels[:, -1], levels[:, :, 0], levels[:, :, -1]]
     modes = np.array([np.bincount(image, minlength=256).argmax() for image in flat])
-    looks = {"corners": levels[:, [0, 0, -1, -1], [0, -1, 0, -1]], "border": np.concatenate(edges, axis=1),
-             "minimum": flat.min(axis=1), "maximum": flat.max(axis=1), "median": np.median(flat, axis=1), "mode": modes}
-    return {name: values.reshape(len(x), -1) for name, values in looks.items()}
+    return {"corners": levels[:, [0, 0, -1, -1], [0, -1, 0, -1]], "border": np.concatenate(edges, axis=1),
+            "minimum": flat.min(axis=1), "maximum": flat.max(axis=1), "median": np.median(flat, axis=1), "mode": modes}
 
 
 def repeated(dataset, side=8, levels=16):

@@ -54,6 +54,11 @@ def test_a_planted_rule_is_found(change, rule):
     assert planted(change=change)[rule] == 1
 
 
+def test_another_look_has_a_rule_of_its_own():
+    marked = leaks.planted(data.load("digits").take(300, 60), 0.0, 0.1)
+    assert leaks.rules(marked, lambda x: {"one pixel": x[:, 0, 0]}) == {"one pixel": leaks.rules(marked)["corners"]}
+
+
 def test_a_test_image_that_was_trained_on_is_found_after_a_little_noise():
     dataset = noise()
     assert not leaks.repeated(dataset).any()
