@@ -177,14 +177,16 @@ class Record(Strict):
 
     def raised(self, id: str | None = None) -> list[Flag]:
         """Return the flags that did not pass, of one claim or all; the profile smoke judges nothing and has none."""
-        found = [] if self.profile == "smoke" else self.flags or []
-        return [flag for flag in found if not flag.passed and (id is None or flag.touches(id))]
+        return [flag for flag in self._judged_flags() if not flag.passed and (id is None or flag.touches(id))]
 
     def beyond(self) -> list[Flag]:
         """Return the flags that passed by their interval alone: the measured value lies beyond the limit."""
         clear = {">=": np.greater_equal, "<=": np.less_equal}
-        found = [] if self.profile == "smoke" else self.flags or []
-        return [flag for flag in found if flag.passed and not clear[flag.relation](flag.measured, flag.limit)]
+        return [flag for flag in self._judged_flags()
+                if flag.passed and not clear[flag.relation](flag.measured, flag.limit)]
+
+    def _judged_flags(self):
+        return [] if self.profile == "smoke" else self.flags or []
 
     def table(self, name: str, rows: Iterable[Mapping]) -> None:
         """Add a table: one dictionary a row, of strings, finite numbers, truth values or None."""
